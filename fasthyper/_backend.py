@@ -1,0 +1,58 @@
+"""Which implementation serves which device: bound once, at import. The only file that knows that backends exist."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+from fasthyper import ops, reference
+
+CHOICES = ("auto", "reference", "cpp", "triton")
+_bound: dict[str, str] = {}
+
+
+def backends() -> dict[str, str]:
+    """Device type -> the implementation that serves it and, where it is a fallback, why."""
+    return dict(_bound)
+
+
+def _bind(choice: str) -> None:
+    if choice not in CHOICES:
+        raise ImportError(f"FASTHYPER_BACKEND={choice!r} is not known; set it to one of {', '.join(CHOICES)}")
+    if choice == "triton":
+        raise ImportError("FASTHYPER_BACKEND=triton: this version has no Triton kernels; use auto, cpp or reference")
+    for op in ops.OPS:
+        ops.LIBRARY.impl(f"_{op}", torch.no_grad()(getattr(reference, op)), "CompositeExplicitAutograd")
+    _bound["cpu"] = _bind_cpu(choice)
+    _bound["cuda"] = "reference (no CUDA kernels in this version)"
+
+
+def _bind_cpu(choice: str) -> str:
+    if choice == "reference":
+        return "reference (FASTHYPER_BACKEND=reference)"
+    if importlib.util.find_spec("fasthyper._C") is None:
+        if choice == "cpp":
+            raise ImportError(
+                "FASTHYPER_BACKEND=cpp, but the C++ extension is not built: "
+                "FASTHYPER_BUILD=cpu pip install --no-build-isolation -e ."
+            )
+        return "reference (the C++ extension is not built: pip install --no-build-isolation -e .)"
+    try:
+        importlib.import_module("fasthyper._C")  # its static initialisers register the key CPU
+    except (ImportError, OSError) as error:
+        if choice == "cpp":
+            raise ImportError(f"FASTHYPER_BACKEND=cpp, but the C++ extension does not load: {error}") from error
+        warnings.warn(
+            f"fasthyper's C++ extension does not load ({error}); running the slow reference. "
+            "Rebuild it: pip install --no-build-isolation -e .",
+            stacklevel=2,
+        )
+        return f"reference (the C++ extension does not load: {error})"
+    return "cpp"
+
+
+_bind(os.environ.get("FASTHYPER_BACKEND", "auto"))

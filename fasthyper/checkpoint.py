@@ -1,0 +1,109 @@
+"""Checkpoints: one safetensors file whose header carries the JSON state. Reading one cannot run code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fasthyper.errors import CheckpointError
+
+FORMAT = "fasthyper-checkpoint-1"
+RESULTS_FORMAT = "fasthyper-results-1"
+CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
+
+
+def claim(directory: Path, name: str | None = None) -> None:
+    """Makes ``directory`` ready to be written: new, empty, or a run of the same name.
+
+    Raises:
+        CheckpointError: it cannot be written, holds files that are not ours, or holds a run of another name.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; name a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not (directory / RESULTS).exists() and not (directory / CHECKPOINT).exists():
+            raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
+        if name is not None and (directory / RESULTS).exists():
+            found = read_results(directory)["name"]
+            if found != name:
+                raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror}") from error
+
+
+def save(directory: Path, tensors: dict[str, Tensor], state: dict[str, Any], results: dict[str, Any]) -> None:
+    """Writes checkpoint and results, each whole or not at all: what was there before stays until it is replaced.
+
+    Raises:
+        CheckpointError: it cannot be written, or the directory is not ours.
+    """
+    from safetensors.torch import save_file
+
+    claim(directory)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "state": json.dumps(state)}
+    results = {"format": RESULTS_FORMAT, **results}
+    _replace(directory / CHECKPOINT, lambda path: save_file(tensors, path, metadata=header))
+    _replace(directory / RESULTS, lambda path: path.write_text(json.dumps(results)))
+
+
+def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, corrupted, or not a checkpoint of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = directory / CHECKPOINT
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not a {FORMAT} file (format: {header.get('format')})")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["state"])  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
+
+
+def read_results(directory: Path) -> dict[str, Any]:
+    """What ``results.json`` of a run directory holds.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    path = directory / RESULTS
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format") != RESULTS_FORMAT:
+            raise CheckpointError(f"{path} is not a {RESULTS_FORMAT} file")
+        return content
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no {RESULTS} in {directory}: run `fasthyper run RECIPE --out {directory}` first") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """``write`` to a temporary neighbour, then onto ``path`` in one move."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # safetensors wraps a full disk in an error of its own
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error

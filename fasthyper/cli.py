@@ -1,0 +1,191 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted with the state saved."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import platform
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import fasthyper
+from fasthyper.environment import cpu_name
+from fasthyper.errors import FasthyperError
+from fasthyper.recipes import RECIPES, Recipe, run
+from fasthyper.streams import fetch
+
+_FIXED = ("name", "about", "source")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; a fault that a person can mend is one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args) or 0
+    except KeyboardInterrupt:
+        where = f"; state saved in {args.out}, the same command goes on" if getattr(args, "recipe", None) else ""
+        print(f"fasthyper: interrupted{where}", file=sys.stderr)
+        return 130
+    except (FasthyperError, ValueError, IndexError, OSError) as error:
+        print(f"fasthyper: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="fasthyper", description="Fast training of hypernetworks for continual learning.")
+    parser.add_argument("--version", action="version", version=f"fasthyper {fasthyper.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    verb = verbs.add_parser("run", help="train a recipe, or go on with it; writes a report", allow_abbrev=False)
+    verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows")
+    verb.add_argument("--out", type=Path, help="directory of the run (default: runs/RECIPE)")
+    verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end")
+    hints = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if field.name not in _FIXED:
+            flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+            convert = _converter(hints[field.name])
+            verb.add_argument(*sorted(flags), dest=f"set_{field.name}", type=convert, metavar=convert.__name__.upper())
+    verb.set_defaults(command=_run)
+
+    verb = verbs.add_parser("report", help="HTML, PNG and CSV from finished or unfinished runs")
+    verb.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run; several are compared")
+    verb.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
+    verb.set_defaults(command=_report)
+
+    verb = verbs.add_parser("list", help="the recipes")
+    verb.add_argument("--json", action="store_true", help="as JSON, with every setting")
+    verb.set_defaults(command=_list)
+
+    verb = verbs.add_parser("doctor", help="what is installed, what serves which device, and what to do about it")
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(command=_doctor)
+
+    verb = verbs.add_parser("data", help="data sets")
+    data_verbs = verb.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    verb = data_verbs.add_parser("fetch", help="download a data set, checked by SHA-256")
+    verb.add_argument("name", metavar="NAME", help=f"one of: {', '.join(fetch.DATASETS)}")
+    verb.add_argument("--data-dir", type=Path, help="keep it there instead of in the cache")
+    verb.add_argument("--force", action="store_true", help="replace files that are damaged")
+    verb.set_defaults(command=_fetch)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    overrides = {name[4:]: value for name, value in vars(args).items() if name.startswith("set_") and value is not None}
+    overrides = {name: None if value is _NONE else value for name, value in overrides.items()}
+    recipe = dataclasses.replace(args.recipe, **overrides)
+    args.out = args.out or Path("runs") / recipe.name
+    log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
+    log(f"{recipe.name}: {recipe.about}")
+    trainer = run(recipe, args.out, progress=not args.json, log=log)
+    if args.json:
+        print(json.dumps({key: None if value != value else value for key, value in trainer.results.scores().items()}))
+    else:
+        print(f"\n{trainer.results.summary()}\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        log(f"results in {args.out}; for a report: pip install 'fasthyper[plot]', then fasthyper report {args.out}")
+    else:
+        log(f"report: {_write_report([args.out])}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(_write_report(args.directories, args.out))
+
+
+def _write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    from fasthyper.report import write_report
+
+    return write_report(directories, out)
+
+
+def _list(args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps([dataclasses.asdict(recipe) for recipe in RECIPES.values()], indent=2))
+        return
+    width = max(map(len, RECIPES))
+    for recipe in RECIPES.values():
+        print(f"{recipe.name:<{width}}  {recipe.about}\n{'':<{width}}  {recipe.source}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    facts = [
+        ("fasthyper", fasthyper.__version__, ""),
+        ("python", f"{platform.python_version()} on {platform.platform()}", ""),
+        ("machine", f"{cpu_name()}, {torch.get_num_threads()} threads", ""),
+        ("torch", torch.__version__, ""),
+        ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU seen: the CPU serves", ""),
+    ]
+    for device, backend in fasthyper.backends().items():
+        name, _, why = backend.partition(" ")
+        facts.append((f"ops on {device}", name, why.strip("()")))
+    for package, extra in (("rich", ""), ("matplotlib", "plot"), ("sklearn", "digits"), ("hypnettorch", "bench")):
+        have = importlib.util.find_spec(package) is not None
+        fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
+        facts.append((package, "installed" if have else "not installed", "" if have else fix))
+    for name in fetch.DATASETS:
+        found, fix = ("missing", f"fasthyper data fetch {name}") if fetch.missing(name) else ("complete", "")
+        facts.append((f"data {name}", found, fix))
+    if args.json:
+        print(json.dumps({name: {"found": found, "note": note} for name, found, note in facts}))
+        return
+    for name, found, note in facts:
+        print(f"{name:<14}{found}{f'   ({note})' if note else ''}")
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    print(fetch.fetch(args.name, args.data_dir, log=print, force=args.force))
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`fasthyper list` shows them"
+        raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {hint}")
+    return RECIPES[name]
+
+
+class _None:
+    """A setting given as `none`, as opposed to one not given."""
+
+
+_NONE = _None()
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    """From the text of a command line to a recipe field of this type; its ``__name__`` is what help and errors show."""
+    options = typing.get_args(hint)
+    optional = type(None) in options
+    inner = next(option for option in options if option is not type(None)) if optional else hint
+
+    def convert(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return _NONE
+        if inner is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if typing.get_origin(inner) is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return inner(text)
+
+    def checked(text: str) -> Any:
+        try:
+            return convert(text)
+        except (KeyError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {checked.__name__}") from error
+
+    name = "true|false" if inner is bool else "int,int,..." if typing.get_origin(inner) is tuple else inner.__name__
+    checked.__name__ = f"{name}|none" if optional else name
+    return checked

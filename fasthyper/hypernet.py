@@ -1,0 +1,170 @@
+"""The chunked hypernetwork: task and chunk embeddings, trunk, basis; from a task's embedding to a target's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthyper import ops, trunk
+from fasthyper.layout import Layout
+from fasthyper.streams.batches import derived_seed
+from fasthyper.target import Target
+from fasthyper.trunk import ACTIVATIONS
+
+
+class ChunkedHypernet(nn.Module):
+    """Makes all P weights of ``target`` for a task, N chunks of S weights at a time (DESIGN E3).
+
+    Chunk n of task t is ``basis @ [trunk([e_t, z_n]) | 1]``: a small MLP shared by all chunks, then one linear basis.
+
+    Args:
+        target: the network whose weights are generated; any module whose parameters may all be generated.
+        num_tasks: tasks to begin with; ``add_task`` makes more.
+        chunk_size: S; ``None`` makes all weights at once (the full hypernetwork, N = 1, no chunk embedding).
+        hidden: widths of the trunk's layers; empty for a linear hypernetwork. H is the last one, or E + Z.
+        task_dim: E.  chunk_dim: Z, ignored when ``chunk_size`` is ``None``.
+        activation: after each trunk layer; a key of ``trunk.ACTIVATIONS``.
+        outputs_per_task: size of each task's own output head, a slice of the target's last layer; ``None``: shared outputs.
+        layout: how weights are laid over the chunks; only ``"flat"``, end to end.
+        seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
+            touched.
+        dtype: ``torch.float32`` or ``torch.float64``.
+
+    Weights start Xavier-uniform, biases at 0, embeddings standard normal, as in the papers' experiments.
+
+    Raises:
+        ValueError: a size below 1, an unknown activation or layout, or a target that cannot be generated.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        num_tasks: int,
+        *,
+        chunk_size: int | None,
+        hidden: Sequence[int] = (),
+        task_dim: int = 32,
+        chunk_dim: int = 32,
+        activation: str = "relu",
+        outputs_per_task: int | None = None,
+        layout: str = "flat",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+        if layout != "flat":
+            raise ValueError(f"unknown layout {layout!r}; this version has 'flat' only")
+        if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
+            raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
+        self.target = Target(target, outputs_per_task)
+        self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads)
+        self.config: dict[str, Any] = {
+            "chunk_size": chunk_size,
+            "hidden": list(hidden),
+            "task_dim": task_dim,
+            "chunk_dim": chunk_dim,
+            "activation": activation,
+            "outputs_per_task": outputs_per_task,
+            "layout": layout,
+            "seed": seed,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        self.seed, self.task_dim = seed, task_dim
+        self.activation = ACTIVATIONS[activation]
+
+        generator = torch.Generator().manual_seed(seed)
+        chunk_dim = chunk_dim if chunk_size is not None else 0
+        widths = (task_dim + chunk_dim, *hidden)
+        self.chunk_embeddings = nn.Parameter(
+            torch.randn(self.layout.num_chunks, chunk_dim, generator=generator, dtype=dtype)
+        )
+        self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
+        self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
+        basis = _xavier(self.layout.chunk_size, widths[-1], generator, dtype)
+        self.basis = nn.Parameter(torch.cat([basis, basis.new_zeros(len(basis), 1)], 1))  # last column: the bias
+        self.task_embeddings = nn.ParameterList()
+        for _ in range(num_tasks):
+            self.add_task()
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks that have an embedding."""
+        return len(self.task_embeddings)
+
+    @property
+    def width(self) -> int:
+        """H: features per chunk."""
+        return self.basis.shape[1] - 1
+
+    @property
+    def theta(self) -> list[nn.Parameter]:
+        """What all tasks share: chunk embeddings, trunk weights and biases layer by layer, basis."""
+        layers = zip(self.trunk_weights, self.trunk_biases, strict=True)
+        return [self.chunk_embeddings, *(parameter for layer in layers for parameter in layer), self.basis]
+
+    def add_task(self) -> int:
+        """Gives a new task its embedding and returns its index. Which one depends on ``seed`` and the index alone.
+
+        Raises:
+            ValueError: the target has no output head left for it.
+        """
+        index = self.num_tasks
+        if self.target.heads and index >= len(self.target.heads):
+            raise ValueError(f"the target has {len(self.target.heads)} output heads, no room for task {index}")
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, index))
+        embedding = torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
+        self.task_embeddings.append(nn.Parameter(embedding.to(self.basis.device)))
+        return index
+
+    def features(self, embeddings: Tensor, theta: Sequence[Tensor] | None = None) -> Tensor:
+        """Trunk features ``[T, N, H]`` of all chunks for task embeddings ``[T, E]``.
+
+        ``theta`` stands in for ``self.theta``, in the same order.
+        """
+        return trunk.features(self.theta if theta is None else theta, embeddings, self.activation)
+
+    def generate(self, task: int) -> dict[str, Tensor]:
+        """The target's weights for ``task``, named and shaped as in its ``state_dict()``: views of one buffer.
+
+        Raises:
+            IndexError: no such task.
+        """
+        h = self.features(self.embedding(task)[None])[0]
+        return dict(zip(self.target.names, ops.generate(h, self.basis, self.target.shapes), strict=True))
+
+    def embedding(self, task: int) -> nn.Parameter:
+        """Task embedding ``[E]``.
+
+        Raises:
+            IndexError: no such task.
+        """
+        if not 0 <= task < self.num_tasks:
+            raise IndexError(
+                f"task index {task} out of range: the hypernetwork has {self.num_tasks} tasks; add_task() makes more"
+            )
+        return self.task_embeddings[task]
+
+    def forward(self, inputs: Tensor, task: int) -> Tensor:
+        """The target's outputs ``[B, num_classes]`` for ``inputs`` ``[B, ...]``, with the weights of ``task``."""
+        return self.target(self.generate(task), inputs, task)
+
+    def train(self, mode: bool = True) -> ChunkedHypernet:
+        self.target.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChunkedHypernet:
+        super()._apply(fn, recurse)
+        self.target.convert_buffers(fn)
+        return self
+
+
+def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    bound = math.sqrt(6 / (num_inputs + num_outputs))
+    return torch.empty(num_outputs, num_inputs, dtype=dtype).uniform_(-bound, bound, generator=generator)

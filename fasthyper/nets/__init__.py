@@ -1,0 +1,30 @@
+"""Target networks, and how a checkpoint names them: a class of this package and its JSON-ready ``config``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fasthyper.nets.mlp import MLP
+
+__all__ = ["MLP", "build", "describe"]
+
+_CLASSES: dict[str, type[nn.Module]] = {"MLP": MLP}
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """What ``build`` needs; for a module of another package only its name, for the error message."""
+    name = type(module).__name__
+    return {"class": name, "config": module.config if type(module) is _CLASSES.get(name) else None}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """The network that ``describe`` described, with fresh weights.
+
+    Raises:
+        ValueError: it is not a network of this package.
+    """
+    if description["config"] is None:
+        raise ValueError(f"the target {description['class']} is not one of fasthyper.nets: pass it as target=")
+    return _CLASSES[description["class"]](**description["config"])

@@ -1,0 +1,38 @@
+"""The fully connected target of the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; inputs are flattened.
+
+    Args:
+        num_inputs: input features; images are flattened to that many.
+        hidden: widths of the hidden layers; may be empty.
+        num_outputs: output features, logits.
+        bias: whether the layers have biases.
+    """
+
+    def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int, *, bias: bool = True):
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "num_inputs": num_inputs,
+            "hidden": list(hidden),
+            "num_outputs": num_outputs,
+            "bias": bias,
+        }
+        widths = (num_inputs, *hidden, num_outputs)
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_outputs]`` for ``x`` ``[B, ...]`` with ``num_inputs`` values per example."""
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)

@@ -1,0 +1,107 @@
+"""The output regularizer: old tasks' weights held where they were when the current task began (DESIGN E1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fasthyper import ops
+from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.planner import drift_plan
+from fasthyper.trunk import TrunkSnapshot
+
+
+class OutputRegularizer:
+    """Holds the weights generated for past tasks at a snapshot.
+
+    Args:
+        hnet: the hypernetwork.
+        form: of the drift, ``"auto"``, ``"gram"`` or ``"direct"``; see ``planner.drift_plan``.
+
+    Example::
+
+        regularizer = fh.OutputRegularizer(hnet)
+        regularizer.snapshot(num_past)                      # once, when a new task begins
+        loss = task_loss + beta * regularizer.penalty()     # every step, with any optimizer
+    """
+
+    def __init__(self, hnet: ChunkedHypernet, form: str = "auto"):
+        self.hnet = hnet
+        self.form = form
+        self.num_past = 0
+
+    @torch.no_grad()
+    def snapshot(self, num_past: int, theta: Sequence[Tensor] | None = None, embeddings: Tensor | None = None) -> None:
+        """Remembers what tasks ``0 .. num_past-1`` generate now: the basis and their features, never their weights.
+
+        Args:
+            num_past: T.
+            theta: stands in for ``hnet.theta``, in the same order.
+            embeddings: ``[T, E]``, stands in for the past tasks' embeddings.
+
+        Raises:
+            ValueError: fewer tasks than ``num_past``.
+        """
+        if num_past > self.hnet.num_tasks:
+            raise ValueError(f"snapshot of {num_past} past tasks, but the hypernetwork has {self.hnet.num_tasks}")
+        self.num_past = num_past
+        self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
+        self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
+        self._trunk = TrunkSnapshot(self.theta0, self.embeddings0, self.hnet.activation)
+        self._all = self._plan(range(num_past))
+
+    def penalty(
+        self,
+        theta: Sequence[Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | None = None,
+        scaling: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over past tasks of the squared drift of their weights since the snapshot (E1 without beta).
+
+        Args:
+            theta: stands in for ``hnet.theta`` (a looked-ahead one, say), in the same order.
+            embeddings: ``[T, E]``, stands in for the past tasks' embeddings; by default those of the snapshot, held fixed.
+            tasks: distinct past tasks to take, the mean is over them; ``None`` takes all.
+            scaling: ``[T]`` factor of each past task; ``None`` means 1.
+
+        Returns:
+            Scalar, never negative, differentiable in ``theta`` and ``embeddings``; 0 without past tasks.
+
+        Raises:
+            IndexError: not a past task.  ValueError: a task given twice.
+        """
+        theta = self.hnet.theta if theta is None else theta
+        embeddings = self.embeddings0 if embeddings is None else embeddings
+        index, plan, scale = None, self._all, scaling
+        if tasks is not None:
+            if len(set(tasks)) != len(tasks):
+                raise ValueError(f"tasks to regularize must be distinct, got {list(tasks)}")
+            if not all(0 <= task < self.num_past for task in tasks):
+                raise IndexError(f"tasks to regularize must be in 0 .. {self.num_past - 1}, got {list(tasks)}")
+            index = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device)
+            embeddings, plan = embeddings[index], self._plan(tasks)
+            scale = None if scaling is None else scaling[index]
+        dh = self._trunk.drift(theta, embeddings, index)
+        weight = None if scale is None else scale.to(dh.dtype) / max(1, len(dh))
+        return ops.output_drift(dh, theta[-1], self._trunk.features(index), self.theta0[-1], plan, weight=weight)
+
+    def state(self) -> list[Tensor]:
+        """What ``restore`` needs: the snapshot's theta, then its embeddings."""
+        return [*self.theta0, self.embeddings0]
+
+    def restore(self, num_past: int, state: Sequence[Tensor]) -> None:
+        """Takes over a snapshot of ``num_past`` tasks that ``state`` gave."""
+        device = self.hnet.basis.device
+        *theta, embeddings = (tensor.to(device) for tensor in state)
+        self.snapshot(num_past, theta, embeddings)
+
+    def _embeddings(self, tasks: Sequence[int]) -> Tensor:
+        rows: list[Tensor] = [self.hnet.embedding(task) for task in tasks]
+        return torch.stack(rows) if rows else self.hnet.basis.new_empty(0, self.hnet.task_dim)
+
+    def _plan(self, tasks: Sequence[int]) -> Tensor:
+        return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form)

@@ -1,0 +1,7 @@
+"""Streams: sequences of tasks, each made when it is first asked for, with its data as tensors on a device."""
+
+from fasthyper.streams.digits import permuted_digits
+from fasthyper.streams.mnist import permuted_mnist, split_mnist
+from fasthyper.streams.stream import Stream, Task, TaskData, as_task_data
+
+__all__ = ["Stream", "Task", "TaskData", "as_task_data", "permuted_digits", "permuted_mnist", "split_mnist"]

@@ -1,0 +1,363 @@
+"""The training loop: a batch goes stream, generate, target, loss; old embeddings go trunk, drift; both meet in one step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasthyper import checkpoint, nets
+from fasthyper.environment import environment
+from fasthyper.errors import CheckpointError, NonFiniteLossError
+from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.interrupt import deferred_interrupt
+from fasthyper.lookahead import candidate_step
+from fasthyper.metrics import Results, TaskRecord, peak_memory
+from fasthyper.progress import training_bar
+from fasthyper.regularizer import OutputRegularizer
+from fasthyper.streams import Task, TaskData, as_task_data
+from fasthyper.streams.batches import Batches, derived_seed
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "sgd": (torch.optim.SGD, {"fused": True}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
+SAMPLES_PER_TASK = 200  # points of the loss and drift curves that are kept
+EVALUATION_BATCH = 2048
+
+
+class Trainer:
+    """Trains a hypernetwork on one task after the other, holding what it generates for the past ones (DESIGN E1, 2.6).
+
+    Each step: g1 = gradient of the task loss; delta = the step the optimizer would take on g1 alone; g2 = beta times the
+    gradient of the drift at theta + delta; theta steps on g1 + g2; the task's own embedding steps on the task loss, with an
+    optimizer of its own. Optimizers are new for each task. The loss is cross-entropy.
+
+    Args:
+        hnet: the hypernetwork; trained in place.
+        lr: learning rate of theta.  lr_embedding: of the task embedding; ``None``: the same.
+        beta: weight of the drift; 0 switches it off.
+        lookahead: whether the drift is taken at theta + delta.
+        reg_tasks: past tasks sampled for the drift in each step; ``None``: all.
+        plastic: whether past tasks' embeddings move, with theta's optimizer, to keep their weights in place.
+        optimizer: a key of ``OPTIMIZERS``.  optimizer_options: more keyword arguments for it (``weight_decay``, ``betas``,
+            ``momentum``, ...).
+        seed: of batches and of sampled tasks, which depend on it, the task and the step only.
+        device: where to train; ``None``: where ``hnet`` is.
+        out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
+        name: of the run, in reports.
+        settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: unknown optimizer, or a negative number where none can be.
+    """
+
+    def __init__(
+        self,
+        hnet: ChunkedHypernet,
+        *,
+        lr: float = 1e-3,
+        beta: float = 0.01,
+        lr_embedding: float | None = None,
+        lookahead: bool = True,
+        reg_tasks: int | None = None,
+        plastic: bool = False,
+        optimizer: str = "adam",
+        optimizer_options: dict[str, Any] | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        out: str | Path | None = None,
+        name: str = "run",
+        settings: dict[str, Any] | None = None,
+        progress: bool = True,
+    ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+        if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
+            raise ValueError("lr and lr_embedding must be positive, beta and seed not negative, reg_tasks at least 1")
+        self.config: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "lr_embedding": lr_embedding,
+            "lookahead": lookahead,
+            "reg_tasks": reg_tasks,
+            "plastic": plastic,
+            "optimizer": optimizer,
+            "optimizer_options": dict(optimizer_options or {}),
+            "seed": seed,
+            "name": name,
+            "settings": settings,
+        }
+        self.hnet = hnet if device is None else hnet.to(device)
+        self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
+        self.out = None if out is None else Path(out)
+        self.progress = progress
+        self.results = Results()
+        self.regularizer = OutputRegularizer(hnet)
+        self._current: _TaskInTraining | None = None
+        if self.out is not None:
+            checkpoint.claim(self.out)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hypernetwork is, and where batches are made."""
+        return self.hnet.basis.device
+
+    @property
+    def current_step(self) -> int:
+        """Steps taken on the task under way; 0 between tasks."""
+        return 0 if self._current is None else self._current.record.steps
+
+    def fit(self, task: Any, *, steps: int, batch_size: int = 128) -> TaskRecord:
+        """Trains the next task; goes on where it stopped if this task was interrupted.
+
+        Args:
+            task: a ``Task`` of a stream, or data: a ``TaskData``, a pair of tensors (inputs, labels), a ``TensorDataset``
+                or any map-style dataset.
+            steps: optimizer steps.
+            batch_size: examples per step.
+
+        Raises:
+            ValueError: the task is not the next one, or sizes are below 1.  IndexError: the hypernetwork has no embedding
+                for it.  NonFiniteLossError: loss or drift became NaN or infinite; parameters are those before that step.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and, with ``out``, the state saved.
+        """
+        index, name, data = self._next(task)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        current = self._current = self._current or self._begin(index, name)
+        batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device)
+        every = max(1, steps // SAMPLES_PER_TASK)
+        title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
+        self.hnet.train()
+        began, seconds_before = time.perf_counter(), current.record.seconds
+        with training_bar(title, current.record.steps, steps, self.progress) as show, deferred_interrupt() as interrupted:
+            for step in range(current.record.steps, steps):
+                loss, drift = self._step(current, *data.batch(batches.indices(step)))
+                current.record.steps = step + 1
+                current.record.samples += batches.batch_size
+                current.record.seconds = seconds_before + time.perf_counter() - began
+                if step % every == 0 or step + 1 == steps:
+                    current.record.loss.append((step, loss))
+                    if not math.isnan(drift):
+                        current.record.drift.append((step, drift))
+                show(step + 1, loss, drift)
+                if interrupted():
+                    if self.out is not None:
+                        self.save(self.out)
+                    raise KeyboardInterrupt
+        self.results.tasks.append(current.record)
+        self.results.peak_memory = max(self.results.peak_memory, peak_memory())
+        self._current = None
+        if self.out is not None:
+            self.save(self.out)
+        return current.record
+
+    @torch.no_grad()
+    def evaluate(self, tasks: Any) -> list[float]:
+        """Accuracy, a fraction, on each task's test data; becomes the row of the last trained task in ``results``.
+
+        Args:
+            tasks: a ``Task`` or a sequence of them (a slice of a stream), or a sequence of data as ``fit`` takes it, which
+                stands for tasks 0, 1, ...
+        """
+        self.hnet.eval()
+        accuracies = {}
+        for position, task in enumerate([tasks] if isinstance(tasks, Task) else tasks):
+            index, data = (task.index, task.test) if isinstance(task, Task) else (position, as_task_data(task))
+            data = data.to(self.device)
+            weights = self.hnet.generate(index)
+            hits = torch.zeros((), dtype=torch.int64, device=self.device)
+            for indices in torch.arange(len(data), device=self.device).split(EVALUATION_BATCH):
+                x, y = data.batch(indices)
+                hits += (self.hnet.target(weights, x.to(self.hnet.basis.dtype), index).argmax(1) == y).sum()
+            accuracies[index] = hits.item() / len(data)
+        if self.results.tasks:
+            self.results.accuracy.setdefault(len(self.results.tasks) - 1, {}).update(accuracies)
+            if self.out is not None:
+                self.save(self.out)
+        return list(accuracies.values())
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the whole state to ``directory``: ``checkpoint.safetensors`` and ``results.json``.
+
+        Raises:
+            CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
+        """
+        tensors = {f"hnet.{name}": tensor for name, tensor in self.hnet.state_dict().items()}
+        state = {
+            "trainer": self.config,
+            "hnet": self.hnet.config,
+            "num_tasks": self.hnet.num_tasks,
+            "target": nets.describe(self.hnet.target.module),
+            "results": self.results.to_json(),
+            "current": None,
+        }
+        if self._current is not None:
+            state["current"] = self._current.record.to_json()
+            tensors |= self._current.tensors()
+            tensors |= {f"snapshot.{i}": tensor for i, tensor in enumerate(self.regularizer.state())}
+        summary = {
+            "name": self.config["name"],
+            "config": self.config["settings"] or {**self.hnet.config, **self.config},
+            "environment": environment(),
+            "results": self.results.to_json(),
+        }
+        checkpoint.save(Path(directory), tensors, state, summary)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        target: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> Trainer:
+        """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
+
+        Args:
+            directory: where ``save`` wrote.
+            target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
+            device, out, progress: as in the constructor.
+
+        Raises:
+            CheckpointError: missing, damaged or foreign files, or a target that does not fit.
+        """
+        tensors, state = checkpoint.load(Path(directory))
+        try:
+            target = target if target is not None else nets.build(state["target"])
+            config = {**state["hnet"], "dtype": getattr(torch, state["hnet"]["dtype"])}
+            hnet = ChunkedHypernet(target, state["num_tasks"], **config)
+            hnet.load_state_dict(_with_prefix(tensors, "hnet."))
+            trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress)
+            trainer.results = Results.from_json(state["results"])
+            if state["current"] is not None:
+                record = TaskRecord.from_json(state["current"])
+                snapshot = _with_prefix(tensors, "snapshot.")
+                trainer._current = trainer._begin(record.index, record.name)
+                trainer._current.restore(record, tensors)
+                trainer.regularizer.restore(record.index, [snapshot[str(i)] for i in range(len(snapshot))])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            message = " ".join(str(error).split())
+            raise CheckpointError(f"{Path(directory) / checkpoint.CHECKPOINT} does not fit: {message}") from error
+        return trainer
+
+    def _next(self, task: Any) -> tuple[int, str, TaskData]:
+        index = len(self.results.tasks)
+        if isinstance(task, Task):
+            if task.index != index:
+                raise ValueError(f"task {task.index} is not next: {index} tasks were trained so far, so task {index} is")
+            return index, task.name, task.train.to(self.device)
+        return index, "", as_task_data(task).to(self.device)
+
+    def _begin(self, index: int, name: str) -> _TaskInTraining:
+        """New optimizers, and a snapshot of what the past tasks generate now."""
+        embedding = self.hnet.embedding(index)
+        held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in range(index)] if self.plastic else [])]
+        optimizer, options = OPTIMIZERS[self.config["optimizer"]]
+        options = {**options, **self.config["optimizer_options"]}
+        self.regularizer.snapshot(index)
+        return _TaskInTraining(
+            record=TaskRecord(index, name),
+            held=held,
+            embedding=embedding,
+            held_optimizer=optimizer(held, lr=self.config["lr"], **options),  # type: ignore[call-arg]
+            embedding_optimizer=optimizer(
+                [embedding],
+                lr=self.config["lr_embedding"] or self.config["lr"],  # type: ignore[call-arg]
+                **options,
+            ),
+        )
+
+    def _step(self, now: _TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """One update; returns the task loss and the drift (NaN without one) before it."""
+        index, drift = now.record.index, math.nan
+        loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), index), y)
+        self._check_finite("loss", loss.item(), now.record)
+        parameters = [*now.held, now.embedding]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        if index > 0 and self.beta > 0:
+            ahead = [p.detach() for p in now.held]
+            if self.lookahead:
+                ahead = [p + delta for p, delta in zip(ahead, candidate_step(now.held_optimizer), strict=True)]
+            ahead = [p.requires_grad_() for p in ahead]
+            value = self._drift(ahead, now.record)
+            drift = self._check_finite("drift", value.item(), now.record)
+            grads = torch.autograd.grad(value, ahead, allow_unused=True, materialize_grads=True)
+            for parameter, grad in zip(now.held, grads, strict=True):
+                parameter.grad.add_(grad, alpha=self.beta)  # type: ignore[union-attr]
+        now.held_optimizer.step()
+        now.embedding_optimizer.step()
+        return loss.item(), drift
+
+    def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> Tensor:
+        """Drift of the past tasks' weights at these values of theta and, if plastic, of their embeddings."""
+        num_theta, tasks = len(self.hnet.theta), None
+        if self.reg_tasks is not None and self.reg_tasks < record.index:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, record.index, record.steps))
+            tasks = torch.randperm(record.index, generator=generator)[: self.reg_tasks].tolist()
+        embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
+        return self.regularizer.penalty(held[:num_theta], embeddings, tasks=tasks)
+
+    def _check_finite(self, what: str, value: float, record: TaskRecord) -> float:
+        if not math.isfinite(value):
+            kept = f"; the last checkpoint in {self.out} is untouched" if self.out else ""
+            raise NonFiniteLossError(
+                f"{what} is {value} at task {record.index}, step {record.steps}: lower lr or beta, or look at the data{kept}"
+            )
+        return value
+
+
+class _TaskInTraining:
+    """The task under way: what moves, and the optimizers that move it."""
+
+    def __init__(
+        self,
+        record: TaskRecord,
+        held: list[nn.Parameter],
+        embedding: nn.Parameter,
+        held_optimizer: torch.optim.Optimizer,
+        embedding_optimizer: torch.optim.Optimizer,
+    ):
+        self.record, self.held, self.embedding = record, held, embedding
+        self.held_optimizer, self.embedding_optimizer = held_optimizer, embedding_optimizer
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"held": self.held_optimizer, "embedding": self.embedding_optimizer}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizers' state, named ``optimizer.WHICH.PARAMETER.KEY``."""
+        return {
+            f"optimizer.{which}.{i}.{key}": value
+            for which, optimizer in self._optimizers().items()
+            for i, entries in optimizer.state_dict()["state"].items()
+            for key, value in entries.items()
+            if value is not None
+        }
+
+    def restore(self, record: TaskRecord, tensors: dict[str, Tensor]) -> None:
+        """Takes over what ``tensors`` wrote."""
+        self.record = record
+        for which, optimizer in self._optimizers().items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _with_prefix(tensors, f"optimizer.{which}.").items():
+                i, key = name.split(".", 1)
+                state.setdefault(int(i), {})[key] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,66 @@
+"""Rectangles hold every real weight once; the planner's choices at and around its crossovers."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from fasthyper.layout import Layout
+from fasthyper.planner import direct_cost, drift_plan, gram_cost
+
+spans = st.tuples(st.integers(0, 59), st.integers(1, 60)).map(lambda s: (s[0], min(60, s[0] + s[1])))
+
+
+@hypothesis.given(chunk=st.integers(1, 70), span=spans, cover=st.sampled_from(["by_chunks", "by_columns"]))
+def test_rectangles_hold_each_weight_of_a_range_once(chunk, span, cover):
+    layout = Layout(60, chunk)
+    count = torch.zeros(layout.num_chunks, chunk, dtype=torch.int64)
+    for r in getattr(layout, cover)(span):
+        count[r.chunk_lo : r.chunk_hi, r.col_lo : r.col_hi] += 1
+    want = torch.zeros(layout.num_chunks * chunk, dtype=torch.int64)
+    want[span[0] : span[1]] = 1
+    assert torch.equal(count.flatten(), want)
+    assert len(getattr(layout, cover)(span)) <= 3
+
+
+def test_heads_are_held_for_their_own_task_only():
+    heads = [[(20, 24), (30, 31)], [(24, 28), (31, 32)]]
+    layout = Layout(32, 5, heads)
+    assert layout.shared == [(0, 20), (28, 30)]
+    plan = drift_plan(layout, [1, 0], width=4)
+    cells = torch.zeros(2, layout.num_chunks, 5, dtype=torch.int64)
+    for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, _ in plan.tolist():
+        cells[task_lo : 2 if task_hi < 0 else task_hi, chunk_lo:chunk_hi, col_lo:col_hi] += 1
+    held = cells.flatten(1)[:, :32]
+    assert held[0].tolist() == [1] * 20 + [0] * 4 + [1] * 4 + [1, 1, 0, 1]  # the first row is task 1
+    assert held[1].tolist() == [1] * 24 + [0] * 4 + [1, 1, 1, 0]
+
+
+def test_layout_and_plan_name_what_is_wrong():
+    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+        Layout(0, 5)
+    with pytest.raises(ValueError, match="overlap"):
+        Layout(10, 5, [[(0, 4)], [(3, 6)]])
+    with pytest.raises(ValueError, match="form must be"):
+        drift_plan(Layout(10, 5), [0], 3, "fast")
+    with pytest.raises(ValueError, match="task 2 has no output head"):
+        drift_plan(Layout(10, 5, [[(0, 4)], [(4, 6)]]), [0, 2], 3)
+
+
+def test_planner_takes_the_cheaper_form_on_either_side_of_its_crossover():
+    width, cols = 50, 1000
+    rows = next(r for r in range(1, 1000) if direct_cost(r, cols, width) > gram_cost(r, cols, width))
+    assert direct_cost(rows - 1, cols, width) <= gram_cost(rows - 1, cols, width)
+    layout = Layout(cols, cols)  # one chunk: as many rows as tasks
+    assert drift_plan(layout, range(rows - 1), width)[:, 6].tolist() == [1]
+    assert drift_plan(layout, range(rows), width)[:, 6].tolist() == [0]
+    assert drift_plan(layout, range(rows), width, "direct")[:, 6].tolist() == [1]
+    assert drift_plan(layout, range(1), width, "gram")[:, 6].tolist() == [0]
+
+
+def test_planner_cuts_a_tail_off_the_side_that_is_shorter():
+    """Cut by columns the rows are passed twice, cut by chunks the tail's columns are."""
+    few_rows = drift_plan(Layout(2_036_010, 78_000), range(10), 25)
+    assert few_rows[:, 2:6].tolist() == [[0, 27, 0, 8010], [0, 26, 8010, 78000]]
+    many_rows = drift_plan(Layout(2_036_010, 7500), range(100), 350)
+    assert many_rows[:, 2:6].tolist() == [[0, 271, 0, 7500], [271, 272, 0, 3510]]

@@ -1,0 +1,187 @@
+"""The whole regularizer, trunk included, against the slow way: loop over tasks, make weights, subtract, square, autograd."""
+
+import hypothesis
+import hypothesis.strategies as st
+import oracle
+import pytest
+import torch
+
+import fasthyper as fh
+from fasthyper.trunk import ACTIVATIONS
+
+
+def moved(hnet, step=0.1, seed=0):
+    """theta and the past embeddings, a step away from where they are, as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def away(p):
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        return (p.detach() + step * noise).requires_grad_()
+
+    return [away(p) for p in hnet.theta], [away(e) for e in hnet.task_embeddings]
+
+
+def slow_penalty(hnet, theta, embeddings, tasks, scaling=None):
+    """What ``penalty`` must give; the snapshot is where ``hnet`` is."""
+    activation = hnet.activation.value
+
+    def features(theta, embedding):
+        return oracle.features(theta, embedding, activation)
+
+    empty = hnet.basis.new_empty(0, hnet.layout.num_chunks, hnet.width)
+    h = torch.stack([features(theta, embeddings[t]) for t in tasks]) if len(tasks) else empty
+    h0 = torch.stack([features(hnet.theta, hnet.embedding(t)) for t in tasks]).detach() if len(tasks) else empty
+    weight = None if scaling is None else scaling[list(tasks)] / len(tasks)
+    return oracle.drift(
+        h, theta[-1], h0, hnet.basis.detach(), hnet.target.num_weights, heads=hnet.layout.heads, tasks=tasks, weight=weight
+    )
+
+
+def assert_same_value_and_gradients(value, slow_value, leaves, tolerance):
+    assert value.item() >= 0
+    assert oracle.relative_error(value.detach(), slow_value.detach()) < tolerance
+    grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(slow_value, leaves, allow_unused=True, materialize_grads=True)
+    for have, want in zip(grads, wanted, strict=True):
+        assert oracle.relative_error(have, want) < tolerance
+
+
+@hypothesis.given(
+    hidden=st.lists(st.integers(1, 6), max_size=3),
+    chunk_size=st.one_of(st.none(), st.integers(1, 150)),
+    num_past=st.integers(0, 5),
+    heads=st.booleans(),
+    plastic=st.booleans(),
+    subset=st.integers(0, 5),
+    scaled=st.booleans(),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    form=st.sampled_from(["auto", "gram", "direct"]),
+)
+def test_penalty_over_random_shapes(hidden, chunk_size, num_past, heads, plastic, subset, scaled, activation, form):
+    hnet = fh.ChunkedHypernet(
+        fh.nets.MLP(4, (5,), 12),
+        6,
+        chunk_size=chunk_size,
+        hidden=hidden,
+        task_dim=3,
+        chunk_dim=2,
+        activation=activation,
+        outputs_per_task=2 if heads else None,
+        dtype=torch.float64,
+    )
+    regularizer = fh.OutputRegularizer(hnet, form)
+    regularizer.snapshot(num_past)
+    theta, embeddings = moved(hnet)
+    past = embeddings[:num_past] if plastic else [e.detach() for e in hnet.task_embeddings][:num_past]
+    tasks = torch.randperm(num_past, generator=torch.Generator().manual_seed(subset)).tolist()[:subset] or None
+    scaling = torch.linspace(0.5, 2, num_past, dtype=torch.float64) if scaled else None
+    table = (torch.stack(past) if past else hnet.basis.new_empty(0, 3)) if plastic else None
+    value = regularizer.penalty(theta, table, tasks=tasks, scaling=scaling)
+    slow = slow_penalty(hnet, theta, past, range(num_past) if tasks is None else tasks, scaling)
+    assert_same_value_and_gradients(value, slow, [*theta, *(past if plastic else [])], 1e-10)
+
+
+def test_penalty_at_the_parameters_themselves_and_after_a_new_snapshot():
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,), dtype=torch.float64)
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(2)
+    assert regularizer.penalty().item() == 0
+    with torch.no_grad():
+        for p in hnet.theta:
+            p += 0.1
+    value = regularizer.penalty()
+    assert value.item() > 0
+    value.backward()
+    assert all(p.grad is not None for p in hnet.theta) and hnet.embedding(0).grad is None
+    regularizer.snapshot(3)
+    assert regularizer.penalty().item() == 0
+
+
+def test_penalty_names_what_is_wrong():
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,))
+    regularizer = fh.OutputRegularizer(hnet)
+    with pytest.raises(ValueError, match="snapshot of 4 past tasks, but the hypernetwork has 3"):
+        regularizer.snapshot(4)
+    regularizer.snapshot(2)
+    with pytest.raises(IndexError, match=r"must be in 0 .. 1, got \[2\]"):
+        regularizer.penalty(tasks=[2])
+    with pytest.raises(ValueError, match=r"must be distinct, got \[1, 1\]"):
+        regularizer.penalty(tasks=[1, 1])
+
+
+# Precision: float32 against float64, ours and the slow way's, on the same float32 states.
+
+
+def float32_errors(hnet, theta0, embeddings, theta):
+    """Errors of value and gradient (all of theta's as one vector) against float64: (ours, the slow way's)."""
+
+    def with_state(dtype):
+        other = hnet.to(dtype)
+        for p, value in zip(other.theta, theta0, strict=True):
+            p.data = value.to(dtype)
+        for p, value in zip(other.task_embeddings, embeddings, strict=True):
+            p.data = value.to(dtype)
+        return other, [t.detach().to(dtype).requires_grad_() for t in theta]
+
+    def value_and_grad(dtype, slow):
+        other, leaves = with_state(dtype)
+        num_past = len(embeddings) - 1
+        if slow:
+            value = slow_penalty(other, leaves, [e.detach() for e in other.task_embeddings], range(num_past))
+        else:
+            regularizer = fh.OutputRegularizer(other)
+            regularizer.snapshot(num_past)
+            value = regularizer.penalty(leaves)
+        grad = torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])
+        return value.detach(), grad
+
+    want = value_and_grad(torch.float64, slow=True)
+    found, slow = value_and_grad(torch.float32, slow=False), value_and_grad(torch.float32, slow=True)
+    assert found[0].item() >= 0
+    return [[oracle.relative_error(have, w) for have, w in zip(pair, want, strict=True)] for pair in (found, slow)]
+
+
+@pytest.mark.parametrize("step", [1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("form", ["wide", "narrow"])
+def test_float32_is_as_exact_as_the_slow_way_in_random_states(step, form, record_property):
+    options = {"wide": {"chunk_size": 300, "hidden": (20, 40)}, "narrow": {"chunk_size": 2000, "hidden": (10, 10)}}[form]
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(20, (60,), 10), 6, task_dim=8, chunk_dim=4, activation="elu", **options)
+    theta0 = [p.detach().clone() for p in hnet.theta]
+    embeddings = [e.detach().clone() for e in hnet.task_embeddings]
+    generator = torch.Generator().manual_seed(3)
+    theta = []
+    for p in theta0:  # ||d theta|| / ||theta|| = step; biases start at 0 and move by the step itself
+        noise = torch.randn(p.shape, generator=generator)
+        theta.append(p + step * noise * (p.norm() / noise.norm() if p.any() else 1))
+    ours, slow = float32_errors(hnet, theta0, embeddings, theta)
+    record_property("value_error", ours[0])
+    record_property("gradient_error_ratio", ours[1] / slow[1])
+    assert ours[0] < 1e-4
+    assert ours[1] <= 1.5 * slow[1]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Ten tasks of permuted digits: (hnet, theta and embeddings when the tenth began, theta at its end)."""
+    pytest.importorskip("sklearn")
+    stream = fh.streams.permuted_digits(10)
+    target = fh.nets.MLP(64, (60, 60), 10)
+    hnet = fh.ChunkedHypernet(target, 10, chunk_size=1000, hidden=(25, 25), task_dim=24, chunk_dim=8, activation="elu")
+    trainer = fh.Trainer(hnet, lr=1e-3, beta=0.1, progress=False)
+    states = []
+    for task in stream:
+        theta0 = [p.detach().clone() for p in hnet.theta]
+        trainer.fit(task, steps=120, batch_size=64)
+        states.append((theta0, [p.detach().clone() for p in hnet.theta]))
+    assert min(trainer.evaluate(stream)) > 0.5  # it has learned something, and kept it
+    return hnet, *states[-1]
+
+
+def test_float32_is_as_exact_as_the_slow_way_in_a_trained_state(trained, record_property):
+    hnet, theta0, theta = trained
+    embeddings = [e.detach().clone() for e in hnet.task_embeddings]
+    ours, slow = float32_errors(hnet, theta0, embeddings, theta)
+    record_property("value_error", ours[0])
+    record_property("gradient_error_ratio", ours[1] / slow[1])
+    assert ours[0] < 1e-4
+    assert ours[1] <= 1.5 * slow[1]
