@@ -68,9 +68,10 @@ def fwt(matrix: Matrix, baseline: Sequence[float]) -> float:
 
 
 def largest_drop(matrix: Matrix) -> float:
-    """Largest fall of any task from just after it was learned to the end, as a fraction; 0 for a single task."""
+    """Largest fall of any task from just after it was learned to the end, as a fraction; 0 for a single task, NaN for gaps."""
     last = len(matrix) - 1
-    return max((matrix[j][j] - matrix[last][j] for j in range(last)), default=0.0)
+    drops = [matrix[j][j] - matrix[last][j] for j in range(last)]
+    return math.nan if any(map(math.isnan, drops)) else max(drops, default=0.0)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -159,7 +160,7 @@ class Results:
             lines.append(f"{label:<13}{_percent(scores[key]):>9}   {definition}")
         lines.append(f"{'s/task':<13}{scores['seconds_per_task']:>9.1f}   wall time of training")
         lines.append(f"{'samples/s':<13}{scores['samples_per_second']:>9.0f}   training throughput")
-        lines.append(f"{'peak memory':<13}{scores['peak_memory'] / 2**20:>7.0f}MB   of the whole process")
+        lines.append(f"{'peak memory':<13}{scores['peak_memory'] / 2**20:>6.0f}MiB   of the whole process")
         return "\n".join(lines)
 
     def _matrix_lines(self, most: int = 20) -> list[str]:

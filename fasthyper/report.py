@@ -221,7 +221,7 @@ def _draw_matrix(axes: Axes, run: Run) -> str:
         font = float(axes.xaxis.label.get_fontsize()) * min(0.85, 11.5 / size)
         for (i, j), value in np.ndenumerate(matrix):
             if not np.isnan(value):
-                light = look["cmap"](look["norm"](value))[:3] @ np.array((0.3, 0.59, 0.11)) > 0.42
+                light = np.power(look["cmap"](look["norm"](value))[:3], 2.2) @ (0.21, 0.72, 0.07) > 0.25
                 text = f"{value:.{2 if size <= 10 else 1}f}"
                 axes.text(j, i, text, color=ON_LIGHT if light else ON_DARK, fontsize=font, ha="center", va="center")
     else:

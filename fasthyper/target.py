@@ -50,6 +50,10 @@ class Target:
         first = task * self.outputs_per_task
         return outputs[:, first : first + self.outputs_per_task]
 
+    def named_shapes(self) -> dict[str, list[int]]:
+        """Parameter names and shapes, JSON-ready."""
+        return {name: list(shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+
     def train(self, mode: bool = True) -> None:
         """Dropout and the like on or off, as in ``nn.Module.train``."""
         self.module.train(mode)

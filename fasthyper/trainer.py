@@ -199,6 +199,7 @@ class Trainer:
             "hnet": self.hnet.config,
             "num_tasks": self.hnet.num_tasks,
             "target": nets.describe(self.hnet.target.module),
+            "target_shapes": self.hnet.target.named_shapes(),
             "results": self.results.to_json(),
             "current": None,
         }
@@ -239,6 +240,8 @@ class Trainer:
             target = target if target is not None else nets.build(state["target"])
             config = {**state["hnet"], "dtype": getattr(torch, state["hnet"]["dtype"])}
             hnet = ChunkedHypernet(target, state["num_tasks"], **config)
+            if hnet.target.named_shapes() != state["target_shapes"]:
+                raise ValueError(f"the target's parameters differ from those of the saved {state['target']['class']}")
             hnet.load_state_dict(_with_prefix(tensors, "hnet."))
             trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress)
             trainer.results = Results.from_json(state["results"])

@@ -8,27 +8,19 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread does not pay
 
-struct Adam {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled;
-};
-
 // Vector code is chosen at run time: a build must also run where AVX-512 does not exist.
-#define FASTHYPER_ADAM_DELTA(scalar_t)                                                                              \
-  __attribute__((target_clones("avx512f", "avx2", "default"))) void adam_delta_range(                               \
-      scalar_t* __restrict__ delta, const scalar_t* __restrict__ param, const scalar_t* __restrict__ grad,          \
-      const scalar_t* __restrict__ exp_avg, const scalar_t* __restrict__ exp_avg_sq, int64_t length, scalar_t l2,   \
-      scalar_t decay, scalar_t beta1, scalar_t beta2, scalar_t rest1, scalar_t rest2, scalar_t step_size,           \
-      scalar_t bias2, scalar_t eps) {                                                                               \
-    for (int64_t i = 0; i < length; ++i) {                                                                          \
-      const scalar_t g = grad[i] + l2 * param[i];                                                                   \
-      const scalar_t m = beta1 * exp_avg[i] + rest1 * g, v = beta2 * exp_avg_sq[i] + rest2 * g * g;                 \
-      delta[i] = -step_size * m / (std::sqrt(v / bias2) + eps) - decay * param[i];                                  \
-    }                                                                                                               \
+template <typename scalar_t>
+__attribute__((target_clones("avx512f", "avx2", "default"))) void adam_delta_range(
+    scalar_t* __restrict__ delta, const scalar_t* __restrict__ param, const scalar_t* __restrict__ grad,
+    const scalar_t* __restrict__ exp_avg, const scalar_t* __restrict__ exp_avg_sq, int64_t length, scalar_t l2,
+    scalar_t decay, scalar_t beta1, scalar_t beta2, scalar_t rest1, scalar_t rest2, scalar_t step_size, scalar_t bias2,
+    scalar_t eps) {
+  for (int64_t i = 0; i < length; ++i) {
+    const scalar_t g = grad[i] + l2 * param[i];
+    const scalar_t m = beta1 * exp_avg[i] + rest1 * g, v = beta2 * exp_avg_sq[i] + rest2 * g * g;
+    delta[i] = -step_size * m / (std::sqrt(v / bias2) + eps) - decay * param[i];
   }
-
-FASTHYPER_ADAM_DELTA(float)
-FASTHYPER_ADAM_DELTA(double)
+}
 
 Tensor adam_delta_fwd_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, double lr, double beta1,
                           double beta2, double eps, double weight_decay, bool decoupled) {
@@ -40,10 +32,11 @@ Tensor adam_delta_fwd_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_
   dispatch_floating(param, "adam_delta", [&](auto zero) {
     using scalar_t = decltype(zero);
     torch::stable::parallel_for(0, param.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      adam_delta_range(data<scalar_t>(delta) + begin, const_data<scalar_t>(param) + begin,
-                       const_data<scalar_t>(grad) + begin, const_data<scalar_t>(exp_avg) + begin,
-                       const_data<scalar_t>(exp_avg_sq) + begin, end - begin, decoupled ? 0 : weight_decay,
-                       decoupled ? lr * weight_decay : 0, beta1, beta2, 1 - beta1, 1 - beta2, step_size, bias2, eps);
+      adam_delta_range<scalar_t>(data<scalar_t>(delta) + begin, const_data<scalar_t>(param) + begin,
+                                 const_data<scalar_t>(grad) + begin, const_data<scalar_t>(exp_avg) + begin,
+                                 const_data<scalar_t>(exp_avg_sq) + begin, end - begin, decoupled ? 0 : weight_decay,
+                                 decoupled ? lr * weight_decay : 0, beta1, beta2, 1 - beta1, 1 - beta2, step_size, bias2,
+                                 eps);
     });
   });
   return delta;

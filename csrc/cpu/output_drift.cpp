@@ -11,7 +11,7 @@
 namespace fasthyper {
 namespace {
 
-constexpr int64_t kTileElements = 1 << 18;   // packed elements of X or Y that one thread holds
+constexpr int64_t kTileElements = 1 << 18;    // packed elements of X or Y that one thread holds
 constexpr int64_t kDirectElements = 1 << 19;  // elements of the residual that the direct form holds
 
 struct Rectangle {
@@ -66,8 +66,8 @@ class Drift {
     const Tensor to_basis = make({full, width + 1});  // 2 X'W Ha = 2 (X'W [H* | 1] + X'W [dH | 0])
     for (int64_t i = 0; i < full; ++i)
       for (int64_t j = 0; j <= width; ++j)
-        data<scalar_t>(to_basis)[i * (width + 1) + j] = static_cast<scalar_t>(
-            2 * (row_gram[i * full + width + j] + (j < width ? row_gram[i * full + j] : 0)));
+        data<scalar_t>(to_basis)[i * (width + 1) + j] =
+            static_cast<scalar_t>(2 * (row_gram[i * full + width + j] + (j < width ? row_gram[i * full + j] : 0)));
 
     for_tiles(r.num_cols(), [&](Worker& worker, int64_t start, int64_t length) {
       pack_cols(r, start, length, data<scalar_t>(worker.x));

@@ -1,0 +1,46 @@
+"""Scores against the definitions, worked out by hand."""
+
+import json
+import math
+
+import pytest
+
+import fasthyper as fh
+from fasthyper import metrics
+
+R = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.3], [0.85, 0.6, 0.95]]
+
+
+def test_scores_by_hand():
+    assert metrics.acc(R) == pytest.approx((0.85 + 0.6 + 0.95) / 3)
+    assert metrics.bwt(R) == pytest.approx(((0.85 - 0.9) + (0.6 - 0.7)) / 2)
+    assert metrics.bwt(R, "pairs") == pytest.approx(((0.8 - 0.9) + (0.85 - 0.9) + (0.6 - 0.7)) / 3)
+    assert metrics.forgetting(R) == pytest.approx(-metrics.bwt(R))
+    assert metrics.forgetting(R, "chaudhry") == pytest.approx(((0.9 - 0.85) + (0.7 - 0.6)) / 2)
+    assert metrics.fwt(R, [0.1, 0.1, 0.1]) == pytest.approx(((0.2 - 0.1) + (0.3 - 0.1)) / 2)
+    assert metrics.largest_drop(R) == pytest.approx(0.1)
+    assert math.isnan(metrics.largest_drop([[0.9, 0.1], [math.nan, 0.8]]))
+
+
+def test_scores_of_short_and_empty_runs():
+    assert math.isnan(metrics.acc([])) and math.isnan(metrics.bwt([[0.9]])) and metrics.largest_drop([[0.9]]) == 0
+    assert fh.Results().summary()
+
+
+def test_unknown_conventions_are_named():
+    for score in (metrics.bwt, metrics.forgetting):
+        with pytest.raises(ValueError, match="convention 'mine'; choose from"):
+            score(R, "mine")
+
+
+def test_results_survive_json():
+    task = metrics.TaskRecord(0, "first", 5, 80, 1.5, [(0, 2.5), (4, 0.5)], [(4, 1e-3)])
+    results = fh.Results([task], {0: {0: 0.9}}, 123)
+    assert fh.Results.from_json(json.loads(json.dumps(results.to_json()))) == results
+
+
+def test_summary_of_a_long_run_stays_readable():
+    tasks = [metrics.TaskRecord(i) for i in range(300)]
+    accuracy = {i: {j: 0.9 for j in range(i + 1)} for i in range(300)}
+    lines = fh.Results(tasks, accuracy).summary().splitlines()
+    assert max(map(len, lines)) < 180 and len(lines) < 40 and any("280 tasks in the middle" in line for line in lines)

@@ -1,0 +1,233 @@
+"""The training step against a loop written out by hand; what a run records; bad input."""
+
+import copy
+import math
+import runpy
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fasthyper as fh
+from fasthyper.streams.batches import Batches
+
+
+def toy_stream(num_tasks=3, n=90, features=6, classes=4, dtype=torch.float32):
+    """Separable blobs, the centres moved for each task."""
+
+    def make_task(index):
+        generator = torch.Generator().manual_seed(index)
+        centres = 2 * torch.randn(classes, features, generator=generator)
+        labels = torch.arange(n) % classes
+        inputs = (centres[labels] + 0.3 * torch.randn(n, features, generator=generator)).to(dtype)
+        data = fh.streams.TaskData(inputs, labels)
+        return fh.streams.Task(index, data, data, classes)
+
+    return fh.streams.Stream("toy", num_tasks, make_task)
+
+
+def toy_hnet(num_tasks=3, heads=False, dtype=torch.float64, **options):
+    options = {"chunk_size": 13, "hidden": (6, 5), "task_dim": 4, "chunk_dim": 3, "activation": "elu", **options}
+    outputs = {"outputs_per_task": 4} if heads else {}
+    return fh.ChunkedHypernet(
+        fh.nets.MLP(6, (7,), 4 * (num_tasks if heads else 1)), num_tasks, dtype=dtype, **options, **outputs
+    )
+
+
+OPTIMIZERS = {
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5}),
+}
+
+
+def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lookahead=True, plastic=False, reg_tasks=None):
+    """The update of DESIGN 2.6, from its definition: the look-ahead is a real step of a copied optimizer."""
+    optimizer_class, options = OPTIMIZERS[optimizer]
+    losses, num_weights = [], hnet.target.num_weights
+
+    def weights_of(theta, embedding):
+        return oracle.all_weights(oracle.features(theta, embedding, hnet.activation.value), theta[-1], num_weights)
+
+    for task in stream:
+        theta, old = list(hnet.theta), [hnet.embedding(t) for t in range(task.index)]
+        snapshot = [weights_of(theta, e).detach() for e in old]
+        moving = theta + (old if plastic else [])
+        now = optimizer_class(moving, lr=lr, **options)
+        own = optimizer_class([hnet.embedding(task.index)], lr=lr, **options)
+        batches = Batches(len(task.train), batch_size, seed=0, task=task.index)
+        for step in range(steps):
+            x, y = task.train.batch(batches.indices(step))
+            flat = weights_of(theta, hnet.embedding(task.index))
+            named = dict(zip(hnet.target.names, flat.split([s.numel() for s in hnet.target.shapes]), strict=True))
+            named = {name: named[name].view(s) for name, s in zip(hnet.target.names, hnet.target.shapes, strict=True)}
+            logits = torch.func.functional_call(hnet.target.module, named, (x.double(),))
+            if hnet.target.heads:
+                logits = logits[:, 4 * task.index : 4 * task.index + 4]
+            loss = F.cross_entropy(logits, y)
+            now.zero_grad()
+            own.zero_grad()
+            loss.backward()
+            for p in moving:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            drift = torch.zeros(())
+            if task.index > 0 and beta > 0:
+                ahead = [p.detach().clone().requires_grad_() for p in moving]
+                if lookahead:
+                    rehearsal = optimizer_class(ahead, lr=lr, **options)
+                    rehearsal.load_state_dict(copy.deepcopy(now.state_dict()))
+                    for a, p in zip(ahead, moving, strict=True):
+                        a.grad = p.grad.clone()
+                    rehearsal.step()
+                    rehearsal.zero_grad()
+                tasks = range(task.index)
+                if reg_tasks is not None and reg_tasks < task.index:
+                    generator = torch.Generator().manual_seed(fh.streams.batches.derived_seed(0, task.index, step))
+                    tasks = torch.randperm(task.index, generator=generator)[:reg_tasks].tolist()
+                embeddings = ahead[len(theta) :] if plastic else [e.detach() for e in old]
+                for t in tasks:
+                    difference = weights_of(ahead[: len(theta)], embeddings[t]) - snapshot[t]
+                    held = oracle.held(num_weights, hnet.layout.heads, t)
+                    drift = drift + (held * difference**2).sum() / len(tasks)
+                (beta * drift).backward()
+                for p, a in zip(moving, ahead, strict=True):
+                    p.grad += 0 if a.grad is None else a.grad
+            now.step()
+            own.step()
+            losses.append((loss.item(), drift.item() if task.index > 0 and beta > 0 else math.nan))
+    return losses
+
+
+def recorded_losses(trainer, stream, steps, batch_size):
+    losses = []
+    original = trainer._step
+    trainer._step = lambda *args: losses.append(original(*args)) or losses[-1]
+    for task in stream:
+        trainer.fit(task, steps=steps, batch_size=batch_size)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd"},
+        {"optimizer": "rmsprop"},
+        {"lookahead": False},
+        {"plastic": True},
+        {"plastic": True, "optimizer": "sgd", "lookahead": False},
+        {"reg_tasks": 1},
+        {"reg_tasks": 1, "plastic": True},
+        {"beta": 0},
+        {"heads": True},
+        {"heads": True, "chunk_size": None},
+        {"heads": True, "hidden": (), "plastic": True},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "default",
+)
+def test_training_is_the_slow_loop_in_float64(options):
+    options = dict(options)
+    hnet_options = {key: options.pop(key) for key in ("heads", "chunk_size", "hidden") if key in options}
+    settings = {"lr": 0.02, "beta": 0.3, **options}
+    stream, steps = toy_stream(), 12
+    fast, slow = toy_hnet(**hnet_options), toy_hnet(**hnet_options)
+    optimizer_options = OPTIMIZERS[settings.get("optimizer", "adam")][1]
+    trainer = fh.Trainer(fast, progress=False, optimizer_options=optimizer_options, **settings)
+    found = torch.tensor(recorded_losses(trainer, stream, steps, 16), dtype=torch.float64)
+    want = torch.tensor(slow_loop(slow, stream, steps=steps, batch_size=16, **settings), dtype=torch.float64)
+    assert torch.allclose(found, want, rtol=1e-9, atol=1e-12, equal_nan=True)
+    for have, wanted in zip(fast.parameters(), slow.parameters(), strict=True):
+        assert oracle.relative_error(have.detach(), wanted.detach()) < 1e-9
+
+
+def test_remembers_what_it_has_learned():
+    """Forgets without the drift, does not with it."""
+    stream = toy_stream(4)
+    kept = {}
+    for beta in (0.0, 1.0):
+        trainer = fh.Trainer(toy_hnet(4, dtype=torch.float32), lr=0.01, beta=beta, progress=False)
+        for task in stream:
+            trainer.fit(task, steps=150, batch_size=32)
+            trainer.evaluate(stream[: task.index + 1])
+        kept[beta] = trainer.results
+    assert kept[1.0].scores()["acc"] > 0.95 and kept[1.0].scores()["largest_drop"] < 0.05
+    assert kept[0.0].scores()["forgetting"] > 0.2
+
+
+def test_results_hold_what_was_measured():
+    stream = toy_stream(2)
+    trainer = fh.Trainer(toy_hnet(2), lr=0.01, beta=0.1, progress=False)
+    for task in stream:
+        record = trainer.fit(task, steps=7, batch_size=16)
+        assert (record.index, record.steps, record.samples) == (task.index, 7, 112) and record.seconds > 0
+        accuracies = trainer.evaluate(stream[: task.index + 1])
+        assert trainer.results.matrix[task.index][: task.index + 1] == accuracies
+    assert [len(t.loss) for t in trainer.results.tasks] == [7, 7]
+    assert [len(t.drift) for t in trainer.results.tasks] == [0, 7]
+    summary = trainer.results.summary()
+    assert all(word in summary for word in ("ACC", "BWT", "forgetting", "FWT", "s/task", "samples/s", "peak memory"))
+
+
+def test_takes_plain_data_and_more_tasks_than_it_began_with():
+    inputs, labels = torch.randn(40, 6), torch.arange(40) % 4
+    trainer = fh.Trainer(toy_hnet(2, dtype=torch.float32), progress=False)
+    dataset = torch.utils.data.TensorDataset(inputs, labels)
+    trainer.fit((inputs, labels), steps=2, batch_size=8)
+    trainer.fit(dataset, steps=2, batch_size=8)
+    with pytest.raises(IndexError, match="task index 2 out of range: the hypernetwork has 2 tasks"):
+        trainer.fit(dataset, steps=2)
+    assert trainer.hnet.add_task() == 2
+    trainer.fit([(x, int(y)) for x, y in dataset], steps=2, batch_size=100)  # a batch holds no more than there is
+    assert len(trainer.evaluate([dataset, (inputs, labels)])) == 2
+
+
+def test_names_what_is_wrong():
+    stream, trainer = toy_stream(), fh.Trainer(toy_hnet(), progress=False)
+    with pytest.raises(ValueError, match="task 1 is not next: 0 tasks were trained so far, so task 0 is"):
+        trainer.fit(stream[1], steps=1)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        trainer.fit(stream[0], steps=0)
+    with pytest.raises(ValueError, match="batch size of at least 1"):
+        trainer.fit(stream[0], steps=1, batch_size=0)
+    with pytest.raises(TypeError, match="got a str"):
+        trainer.fit("mnist", steps=1)
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose from adam"):
+        fh.Trainer(toy_hnet(), optimizer="lion")
+    for bad in ({"lr": 0}, {"beta": -1}, {"reg_tasks": 0}, {"lr_embedding": -1.0}, {"seed": -1}):
+        with pytest.raises(ValueError, match="must be positive"):
+            fh.Trainer(toy_hnet(), **bad)
+    with pytest.raises(RuntimeError, match="shape"):
+        trainer.fit((torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)), steps=1)
+
+
+def test_stops_at_a_loss_that_is_not_finite_and_keeps_parameters(tmp_path):
+    inputs, labels = torch.randn(32, 6), torch.arange(32) % 4
+    trainer = fh.Trainer(toy_hnet(2, dtype=torch.float32), out=tmp_path, progress=False)
+    trainer.fit((inputs, labels), steps=3, batch_size=8)
+    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
+    inputs[5] = math.nan
+    with pytest.raises(fh.NonFiniteLossError, match=r"loss is nan at task 1, step \d+: lower lr"):
+        trainer.fit((inputs, labels), steps=8, batch_size=8)
+    assert all(p.isfinite().all() for p in trainer.hnet.parameters())
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+
+
+def test_quick_start_of_the_readme_runs_verbatim(tmp_path, monkeypatch):
+    """The code block as it stands; only the data and the number of steps are made small."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = next(part for part in readme.split("```python\n")[1:] if "fh.streams.permuted_mnist" in part).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        fh.streams, "permuted_mnist", lambda num_tasks, seed: toy_stream(num_tasks, features=1024, classes=10)
+    )
+    fit = fh.Trainer.fit
+    monkeypatch.setattr(fh.Trainer, "fit", lambda self, task, steps, batch_size: fit(self, task, steps=1, batch_size=4))
+    Path("quick_start.py").write_text(block)
+    names = runpy.run_path("quick_start.py")
+    assert names["weights"].keys() == names["target"].state_dict().keys()
+    assert names["hnet"].num_tasks == 11
+    assert fh.Trainer.load("runs/p10").results == names["trainer"].results
