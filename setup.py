@@ -44,7 +44,7 @@ def extension():
         "fasthyper._C",
         sources,
         depends=glob.glob("csrc/cpu/*.h"),
-        extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-Wall", "-Wextra", STABLE_ABI],
+        extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", STABLE_ABI],
         py_limited_api=True,
         define_macros=[("Py_LIMITED_API", "0x030A0000")],
     )

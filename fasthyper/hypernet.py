@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthyper import ops, trunk
+from fasthyper import ops
+from fasthyper.activations import ACTIVATIONS
 from fasthyper.layout import Layout
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
-from fasthyper.trunk import ACTIVATIONS
+from fasthyper.trunk import run_trunk
 
 
 class ChunkedHypernet(nn.Module):
@@ -28,7 +29,7 @@ class ChunkedHypernet(nn.Module):
         chunk_size: S; ``None`` makes all weights at once (the full hypernetwork, N = 1, no chunk embedding).
         hidden: widths of the trunk's layers; empty for a linear hypernetwork. H is the last one, or E + Z.
         task_dim: E.  chunk_dim: Z, ignored when ``chunk_size`` is ``None``.
-        activation: after each trunk layer; a key of ``trunk.ACTIVATIONS``.
+        activation: after each trunk layer; a key of ``activations.ACTIVATIONS``.
         outputs_per_task: size of each task's own output head, a slice of the target's last layer; ``None``: shared outputs.
         layout: how weights are laid over the chunks; only ``"flat"``, end to end.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
@@ -128,7 +129,7 @@ class ChunkedHypernet(nn.Module):
 
         ``theta`` stands in for ``self.theta``, in the same order.
         """
-        return trunk.features(self.theta if theta is None else theta, embeddings, self.activation)
+        return run_trunk(self.theta if theta is None else theta, embeddings, self.activation).features
 
     def generate(self, task: int) -> dict[str, Tensor]:
         """The target's weights for ``task``, named and shaped as in its ``state_dict()``: views of one buffer.

@@ -7,7 +7,6 @@ of flat positions, and every range is a few rectangles. Pure Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 Range = tuple[int, int]  # [start, stop) in the flat vector of target weights
@@ -49,7 +48,7 @@ class Layout:
         self.heads = [list(ranges) for ranges in heads]
         self.shared = _complement([r for ranges in self.heads for r in ranges], num_weights)
 
-    def by_chunks(self, span: Range) -> list[Rectangle]:
+    def rectangles(self, span: Range) -> list[Rectangle]:
         """The range as: its first, partial chunk; the whole chunks; its last, partial chunk."""
         (start, stop), size = span, self.chunk_size
         first, last = start // size, (stop - 1) // size
@@ -62,18 +61,6 @@ class Layout:
                 Rectangle(first, whole_lo, start % size, size),
                 Rectangle(whole_lo, whole_hi, 0, size),
                 Rectangle(whole_hi, last + 1, 0, stop - last * size),
-            ]
-        )
-
-    def by_columns(self, span: Range) -> list[Rectangle]:
-        """The same cells, cut where the set of chunks that a column meets changes."""
-        (start, stop), size = span, self.chunk_size
-        cuts = sorted({0, start % size, stop % size, size})
-        return _non_empty(
-            [
-                # chunk n holds the column where start <= n * size + lo and n * size + lo < stop
-                Rectangle(-(-(start - lo) // size), -(-(stop - lo) // size), lo, hi)
-                for lo, hi in pairwise(cuts)
             ]
         )
 

@@ -13,6 +13,10 @@ LIBRARY.define(
     "_output_drift_fwd(Tensor dh, Tensor basis, Tensor h0, Tensor basis0, Tensor weight, Tensor plan)"
     " -> (Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(
+    "_hypernet_drift_fwd(Tensor[] theta, Tensor[] theta0, Tensor embeddings, Tensor embeddings0, Tensor[] pre0,"
+    " Tensor gram0, Tensor weight, Tensor plan, int activation) -> (Tensor, Tensor, Tensor[])"
+)
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
 _ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
@@ -21,12 +25,17 @@ LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
-OPS = ("output_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
+OPS = ("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
 
 
 @torch.library.register_fake("fasthyper::_output_drift_fwd", lib=LIBRARY)
 def _output_drift_fwd_fake(dh, basis, h0, basis0, weight, plan):
     return dh.new_empty(()), dh.new_empty(dh.shape), basis.new_empty(basis.shape)
+
+
+@torch.library.register_fake("fasthyper::_hypernet_drift_fwd", lib=LIBRARY)
+def _hypernet_drift_fwd_fake(theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation):
+    return embeddings.new_empty(()), embeddings.new_empty(embeddings.shape), [p.new_empty(p.shape) for p in theta]
 
 
 @torch.library.register_fake("fasthyper::_generate_fwd", lib=LIBRARY)
@@ -50,6 +59,7 @@ def _adam_delta_bwd_fake(grad_delta, param, *_):
 
 
 _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
+_hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
@@ -68,6 +78,24 @@ class _OutputDrift(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_basis = ctx.saved_tensors
         return grad * grad_h, grad * grad_basis, None, None, None, None
+
+
+class _HypernetDrift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, embeddings0, gram0, weight, plan, activation, num_theta, *tensors):
+        theta, theta0, pre0 = tensors[:num_theta], tensors[num_theta : 2 * num_theta], tensors[2 * num_theta :]
+        value, grad_embeddings, grad_theta = _hypernet_drift_fwd(
+            theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation
+        )
+        ctx.save_for_backward(grad_embeddings, *grad_theta)
+        ctx.num_constants = num_theta + len(pre0)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_embeddings, *grad_theta = (grad * gradient for gradient in ctx.saved_tensors)
+        return grad_embeddings, *[None] * 6, *grad_theta, *[None] * ctx.num_constants
 
 
 class _Generate(torch.autograd.Function):
@@ -113,7 +141,7 @@ def output_drift(
 
     Args:
         dh:     ``[T, N, H]`` drift of the past tasks' trunk features since the snapshot. Taken as such because the
-                difference of two float32 features has lost the digits of a small step; see ``trunk.TrunkSnapshot``.
+                difference of two float32 features has lost the digits of a small step.
         basis:  ``[S, H+1]`` shared basis now; its last column is the bias.
         h0:     ``[T, N, H]`` the features at the snapshot; not differentiated.
         basis0: ``[S, H+1]`` the basis at the snapshot; not differentiated.
@@ -133,22 +161,78 @@ def output_drift(
     tensors = {"dh": dh, "basis": basis, "h0": h0, "basis0": basis0} | ({} if weight is None else {"weight": weight})
     _check_dtypes("output_drift", **tensors)
     _check_shape("output_drift", "dh", dh, ("T", "N", "H"))
-    num_tasks, _, width = dh.shape
+    width = dh.shape[2]
     _check_shape("output_drift", "basis", basis, ("S", width + 1))
     _check_shape("output_drift", "h0", h0, dh.shape)
     _check_shape("output_drift", "basis0", basis0, basis.shape)
-    if weight is not None:
-        _check_shape("output_drift", "weight", weight, (num_tasks,))
-    _check_shape("output_drift", "plan", plan, ("B", 7))
-    if plan.dtype != torch.int64 or plan.device.type != "cpu":
-        raise TypeError(f"output_drift: plan must be int64 on the CPU, got {plan.dtype} on {plan.device}")
+    _check_plan("output_drift", plan)
     if dh.dtype in HALF:
         dh, basis, h0, basis0 = (x.float() for x in (dh, basis, h0, basis0))
-    if weight is None:
-        weight = dh.new_ones(num_tasks)
-        weight = weight / weight.sum().clamp(min=1)  # a number made from num_tasks would tie a compiled graph to it
-    weight = weight.to(dh.dtype)
-    return _OutputDrift.apply(dh, basis, h0.detach(), basis0.detach(), weight.detach(), plan)
+    weight = _task_weight("output_drift", weight, dh)
+    return _OutputDrift.apply(dh, basis, h0.detach(), basis0.detach(), weight, plan)
+
+
+def hypernet_drift(
+    theta: Sequence[Tensor],
+    theta0: Sequence[Tensor],
+    embeddings: Tensor,
+    embeddings0: Tensor,
+    pre0: Sequence[Tensor],
+    plan: Tensor,
+    *,
+    activation: int,
+    weight: Tensor | None = None,
+    gram0: Tensor | None = None,
+) -> Tensor:
+    """``output_drift`` with the trunk before it: nothing of the size of all features is made (DESIGN E5).
+
+    Args:
+        theta:       chunk embeddings ``[N, Z]``, weight ``[o, i]`` and bias ``[o]`` of each trunk layer, basis ``[S, H+1]``.
+        theta0:      the same at the snapshot; not differentiated.
+        embeddings:  ``[T, E]`` of the past tasks.
+        embeddings0: ``[T, E]`` at the snapshot; not differentiated.
+        pre0:        per trunk layer, pre-activations ``[T, N, o]`` at the snapshot.
+        plan:        ``[B, 7]`` int64 on the CPU, rectangles of real weights, from ``planner.drift_plan``.
+        activation:  code of an ``activations.Activation``.
+        weight:      ``[T]`` weight of each task; ``None`` means 1/T each.
+        gram0:       ``[B, H+1, H+1]`` float64, ``reference.gram0`` for this weight and plan, to spare its computation.
+
+    Returns:
+        Scalar ``[]``, never negative, dimensionless, in the dtype of ``embeddings``; 0 when ``T == 0``.
+
+    Raises:
+        ValueError: shapes disagree.  TypeError: dtypes differ, or are other than float32 and float64.
+        RuntimeError: a rectangle leaves the grid.
+
+    The drift of the features is exact to rounding however small the step. Second derivatives raise.
+    """
+    checked = _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0)
+    constants = [t.detach() for t in (*theta0, *pre0)]
+    return _HypernetDrift.apply(embeddings, embeddings0.detach(), *checked, plan, activation, len(theta), *theta, *constants)
+
+
+@torch.no_grad()
+def hypernet_drift_value_and_grad(
+    theta: Sequence[Tensor],
+    theta0: Sequence[Tensor],
+    embeddings: Tensor,
+    embeddings0: Tensor,
+    pre0: Sequence[Tensor],
+    plan: Tensor,
+    *,
+    activation: int,
+    weight: Tensor | None = None,
+    gram0: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """``hypernet_drift`` without a graph: its value, its gradients for ``theta`` and for ``embeddings``, made in one call.
+
+    Arguments and errors are those of ``hypernet_drift``.
+    """
+    gram0, weight = _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0)
+    value, grad_embeddings, grad_theta = _hypernet_drift_fwd(
+        theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation
+    )
+    return value, grad_theta, grad_embeddings
 
 
 def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
@@ -216,6 +300,56 @@ def adam_delta(
     _check_shape("adam_delta", "step", step, ())
     settings = (lr, *betas, eps, weight_decay, decoupled)
     return _AdamDelta.apply(param, grad, exp_avg.detach(), exp_avg_sq.detach(), step, *settings)
+
+
+def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0):
+    """Raises as ``hypernet_drift`` says; returns gram0, empty where none is given, and the tasks' weights."""
+    op, num_layers = "hypernet_drift", len(pre0)
+    if len(theta) != 2 * num_layers + 2 or len(theta0) != len(theta):
+        raise ValueError(
+            f"{op}: {num_layers} layers need {2 * num_layers + 2} tensors in theta, got {len(theta)}, {len(theta0)}"
+        )
+    named = {"embeddings": embeddings, "embeddings0": embeddings0}
+    named |= {f"theta[{i}]": p for i, p in enumerate(theta)} | {f"theta0[{i}]": p for i, p in enumerate(theta0)}
+    named |= {f"pre0[{i}]": a for i, a in enumerate(pre0)} | ({} if weight is None else {"weight": weight})
+    _check_dtypes(op, **named)
+    if embeddings.dtype in HALF:
+        raise TypeError(f"{op}: computes in float32 or float64, got {embeddings.dtype}")
+    _check_shape(op, "embeddings", embeddings, ("T", "E"))
+    _check_shape(op, "embeddings0", embeddings0, embeddings.shape)
+    _check_shape(op, "theta[0]", theta[0], ("N", "Z"))
+    num_tasks, num_chunks = len(embeddings), len(theta[0])
+    width = embeddings.shape[1] + theta[0].shape[1]
+    for i, a in enumerate(pre0):
+        weight_shape = (theta[2 * i + 1].shape[0], width)
+        _check_shape(op, f"theta[{2 * i + 1}]", theta[2 * i + 1], weight_shape)
+        width = weight_shape[0]
+        _check_shape(op, f"theta[{2 * i + 2}]", theta[2 * i + 2], (width,))
+        _check_shape(op, f"pre0[{i}]", a, (num_tasks, num_chunks, width))
+    _check_shape(op, f"theta[{len(theta) - 1}]", theta[-1], ("S", width + 1))
+    for i, p in enumerate(theta0):
+        _check_shape(op, f"theta0[{i}]", p, theta[i].shape)
+    _check_plan(op, plan)
+    if gram0 is None:
+        gram0 = embeddings.new_empty((0, width + 1, width + 1), dtype=torch.float64)
+    else:
+        _check_shape(op, "gram0", gram0, (plan.shape[0], width + 1, width + 1))
+    return gram0, _task_weight(op, weight, embeddings)
+
+
+def _check_plan(op: str, plan: Tensor) -> None:
+    _check_shape(op, "plan", plan, ("B", 7))
+    if plan.dtype != torch.int64 or plan.device.type != "cpu":
+        raise TypeError(f"{op}: plan must be int64 on the CPU, got {plan.dtype} on {plan.device}")
+
+
+def _task_weight(op: str, weight: Tensor | None, rows: Tensor) -> Tensor:
+    """``[T]`` in the dtype of ``rows`` ``[T, ...]``; 1/T each where ``weight`` is not given."""
+    if weight is None:
+        weight = rows.new_ones(rows.shape[0])
+        return weight / weight.sum().clamp(min=1)  # a number made from T would tie a compiled graph to it
+    _check_shape(op, "weight", weight, (rows.shape[0],))
+    return weight.detach().to(rows.dtype)
 
 
 def _check_dtypes(op: str, **tensors: Tensor) -> None:

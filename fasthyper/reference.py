@@ -1,14 +1,20 @@
 """The specification: every op in plain PyTorch, with the equations of DESIGN.md by number.
 
-Shape suffixes: T past tasks, N chunks, S chunk size, H trunk width, P target weights, R rows of a block (tasks x chunks),
-C columns of a block, K = H + 1 (features and the bias), M = 2H + 1 (drifted features, snapshot features, the bias).
+Shape suffixes: T past tasks, N chunks, S chunk size, E task-embedding size, Z chunk-embedding size, H trunk width, P target
+weights, R rows of a rectangle (tasks x chunks), C columns of a rectangle, K = H + 1 (features and the bias), M = 2H + 1
+(drifted features, snapshot features, the bias), O and I outputs and inputs of a trunk layer.
 These functions are not differentiable; the autograd Functions around them are in ``ops.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fasthyper.activations import BY_CODE
 
 GRAM_TILE = 4096  # rows whose Gram is summed in the working precision before it is added up in float64
 DIRECT_TILE = 1 << 20  # elements of the residual that the direct form holds at a time
@@ -40,6 +46,80 @@ def output_drift_fwd(
         grad_h_TNH[tasks, chunks] += grad_h_RH.view_as(dh_TNH[tasks, chunks])
         grad_basis_SK[col_lo:col_hi] += grad_basis_CK
     return value.clamp(min=0).to(dh_TNH.dtype), grad_h_TNH, grad_basis_SK
+
+
+def hypernet_drift_fwd(
+    theta: Sequence[Tensor],
+    theta0: Sequence[Tensor],
+    embeddings_TE: Tensor,
+    embeddings0_TE: Tensor,
+    pre0: Sequence[Tensor],
+    gram0_BKK: Tensor,
+    weight_T: Tensor,
+    plan: Tensor,
+    activation: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Value of the drift and its gradients for the task embeddings and all of theta, trunk included (E2 behind E5).
+
+    A difference goes through the trunk, da = W dx + dW x0 + db and dx = act(a0 + da) - act(a0), so that a small step keeps
+    its digits. ``gram0_BKK`` only spares kernels work; it is not read here.
+    """
+    (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
+    split, act = [embeddings_TE.shape[1]], BY_CODE[activation]
+    de_TE, dz_NZ = embeddings_TE - embeddings0_TE, z_NZ - z0_NZ
+    now, slopes = [], []  # inputs of the second layer and on, slopes of each layer's activation
+    if not layers:
+        dx, x0 = _pairs(de_TE, dz_NZ), _pairs(embeddings0_TE, z0_NZ)
+    for i, a0 in enumerate(pre0):
+        weight_OI, bias_O, weight0_OI, bias0_O = *layers[2 * i : 2 * i + 2], *layers0[2 * i : 2 * i + 2]
+        if i == 0:
+            (we, wz), (we0, wz0) = weight_OI.tensor_split(split, 1), weight0_OI.tensor_split(split, 1)
+            da_e = _linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)
+            da = da_e[:, None] + _linear_drift(dz_NZ, wz, 0 * bias_O, z0_NZ, wz0, 0 * bias_O)
+        else:
+            now.append(x0 + dx)
+            da = _linear_drift(dx, weight_OI, bias_O, x0, weight0_OI, bias0_O)
+        x0 = act.value(a0)
+        dx, slope = act.drift(a0, da)
+        slopes.append(slope)
+
+    value, grad, grad_basis_SK = output_drift_fwd(dx, basis_SK, x0, basis0_SK, weight_T, plan)
+
+    grads: list[Tensor] = [grad_basis_SK]
+    if not layers:
+        grad_e_TE, grad_z_NZ = grad.sum(1)[:, : split[0]], grad.sum(0)[:, split[0] :]
+    for i in reversed(range(len(pre0))):
+        weight_OI, grad = layers[2 * i], grad * slopes[i]
+        if i == 0:
+            grad_t, grad_n = grad.sum(1), grad.sum(0)
+            we, wz = weight_OI.tensor_split(split, 1)
+            grad_e_TE, grad_z_NZ = grad_t @ we, grad_n @ wz
+            grads = [torch.cat([grad_t.T @ embeddings_TE, grad_n.T @ z_NZ], 1), grad_t.sum(0), *grads]
+        else:
+            grads = [grad.flatten(0, 1).T @ now[i - 1].flatten(0, 1), grad.sum((0, 1)), *grads]
+            grad = grad @ weight_OI
+    return value, grad_e_TE, [grad_z_NZ, *grads]
+
+
+def _pairs(rows_TE: Tensor, rows_NZ: Tensor) -> Tensor:
+    return torch.cat([rows_TE[:, None].expand(-1, len(rows_NZ), -1), rows_NZ.expand(len(rows_TE), -1, -1)], -1)
+
+
+def _linear_drift(dx: Tensor, weight: Tensor, bias: Tensor, x0: Tensor, weight0: Tensor, bias0: Tensor) -> Tensor:
+    """(W x + b) - (W0 x0 + b0) for x = x0 + dx."""
+    return F.linear(dx, weight, bias - bias0) + F.linear(x0, weight - weight0)
+
+
+def gram0(h0_TNH: Tensor, weight_T: Tensor, plan: Tensor) -> Tensor:
+    """H*'W H* with H* = [H* | 1] for each rectangle in Gram form, float64 ``[B, K, K]``: a constant of a task."""
+    ha0_TNK = torch.cat([h0_TNH, torch.ones_like(h0_TNH[..., :1])], -1)
+    grams = torch.zeros(len(plan), ha0_TNK.shape[-1], ha0_TNK.shape[-1], dtype=torch.float64, device=h0_TNH.device)
+    for gram, (task_lo, task_hi, chunk_lo, chunk_hi, *_, direct) in zip(grams, plan.tolist(), strict=True):
+        if not direct:
+            tasks = slice(task_lo, len(h0_TNH) if task_hi < 0 else task_hi)
+            ha0 = ha0_TNK[tasks, chunk_lo:chunk_hi]
+            gram += _tall_product((weight_T[tasks, None, None] * ha0).flatten(0, 1), ha0.flatten(0, 1))
+    return grams
 
 
 def _check_rectangle(*bounds: int) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasthyper import ops
+from fasthyper import ops, reference
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import drift_plan
-from fasthyper.trunk import TrunkSnapshot
+from fasthyper.trunk import run_trunk
 
 
 class OutputRegularizer:
@@ -49,8 +50,10 @@ class OutputRegularizer:
         self.num_past = num_past
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
         self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
-        self._trunk = TrunkSnapshot(self.theta0, self.embeddings0, self.hnet.activation)
+        self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
         self._all = self._plan(range(num_past))
+        mean = h0.new_full((num_past,), 1 / max(1, num_past))
+        self._gram0 = reference.gram0(h0, mean, self._all)
 
     def penalty(
         self,
@@ -74,20 +77,51 @@ class OutputRegularizer:
         Raises:
             IndexError: not a past task.  ValueError: a task given twice.
         """
+        return ops.hypernet_drift(**self._arguments(theta, embeddings, tasks, scaling))
+
+    def value_and_grad(
+        self,
+        theta: Sequence[Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | None = None,
+        scaling: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
+
+        With ``tasks``, the last one is ``[len(tasks), E]``.
+        """
+        return ops.hypernet_drift_value_and_grad(**self._arguments(theta, embeddings, tasks, scaling))
+
+    def _arguments(
+        self,
+        theta: Sequence[Tensor] | None,
+        embeddings: Tensor | None,
+        tasks: Sequence[int] | None,
+        scaling: Tensor | None,
+    ) -> dict[str, Any]:
         theta = self.hnet.theta if theta is None else theta
         embeddings = self.embeddings0 if embeddings is None else embeddings
-        index, plan, scale = None, self._all, scaling
+        embeddings0, pre0, plan, gram0 = self.embeddings0, self._pre0, self._all, self._gram0
         if tasks is not None:
             if len(set(tasks)) != len(tasks):
                 raise ValueError(f"tasks to regularize must be distinct, got {list(tasks)}")
             if not all(0 <= task < self.num_past for task in tasks):
                 raise IndexError(f"tasks to regularize must be in 0 .. {self.num_past - 1}, got {list(tasks)}")
             index = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device)
-            embeddings, plan = embeddings[index], self._plan(tasks)
-            scale = None if scaling is None else scaling[index]
-        dh = self._trunk.drift(theta, embeddings, index)
-        weight = None if scale is None else scale.to(dh.dtype) / max(1, len(dh))
-        return ops.output_drift(dh, theta[-1], self._trunk.features(index), self.theta0[-1], plan, weight=weight)
+            embeddings, embeddings0, pre0 = embeddings[index], embeddings0[index], [a[index] for a in pre0]
+            plan, scaling = self._plan(tasks), None if scaling is None else scaling[index]
+        return {
+            "theta": theta,
+            "theta0": self.theta0,
+            "embeddings": embeddings,
+            "embeddings0": embeddings0,
+            "pre0": pre0,
+            "plan": plan,
+            "activation": self.hnet.activation.code,
+            "weight": None if scaling is None else scaling.to(embeddings.dtype) / max(1, len(embeddings)),
+            "gram0": gram0 if tasks is None and scaling is None else None,
+        }
 
     def state(self) -> list[Tensor]:
         """What ``restore`` needs: the snapshot's theta, then its embeddings."""

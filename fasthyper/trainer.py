@@ -296,24 +296,27 @@ class Trainer:
             ahead = [p.detach() for p in now.held]
             if self.lookahead:
                 ahead = [p + delta for p, delta in zip(ahead, candidate_step(now.held_optimizer), strict=True)]
-            ahead = [p.requires_grad_() for p in ahead]
-            value = self._drift(ahead, now.record)
+            value, grads = self._drift(ahead, now.record)
             drift = self._check_finite("drift", value.item(), now.record)
-            grads = torch.autograd.grad(value, ahead, allow_unused=True, materialize_grads=True)
             for parameter, grad in zip(now.held, grads, strict=True):
                 parameter.grad.add_(grad, alpha=self.beta)  # type: ignore[union-attr]
         now.held_optimizer.step()
         now.embedding_optimizer.step()
         return loss.item(), drift
 
-    def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> Tensor:
-        """Drift of the past tasks' weights at these values of theta and, if plastic, of their embeddings."""
+    def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> tuple[Tensor, list[Tensor]]:
+        """Drift of the past tasks' weights at these values of what moves, and its gradients for them."""
         num_theta, tasks = len(self.hnet.theta), None
         if self.reg_tasks is not None and self.reg_tasks < record.index:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, record.index, record.steps))
             tasks = torch.randperm(record.index, generator=generator)[: self.reg_tasks].tolist()
         embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
-        return self.regularizer.penalty(held[:num_theta], embeddings, tasks=tasks)
+        value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], embeddings, tasks=tasks)
+        if self.plastic:
+            table = torch.zeros_like(self.regularizer.embeddings0)
+            table[slice(None) if tasks is None else tasks] = grad_embeddings
+            grads = [*grads, *table]
+        return value, grads
 
     def _check_finite(self, what: str, value: float, record: TaskRecord) -> float:
         if not math.isfinite(value):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fasthyper as fh
-from fasthyper.trunk import ACTIVATIONS
+from fasthyper.activations import ACTIVATIONS
 
 
 def make(target=None, num_tasks=3, **options):

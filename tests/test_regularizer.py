@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fasthyper as fh
-from fasthyper.trunk import ACTIVATIONS
+from fasthyper.activations import ACTIVATIONS
 
 
 def moved(hnet, step=0.1, seed=0):

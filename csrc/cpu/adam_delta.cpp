@@ -8,13 +8,12 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread does not pay
 
-// Vector code is chosen at run time: a build must also run where AVX-512 does not exist.
 template <typename scalar_t>
-__attribute__((target_clones("avx512f", "avx2", "default"))) void adam_delta_range(
-    scalar_t* __restrict__ delta, const scalar_t* __restrict__ param, const scalar_t* __restrict__ grad,
-    const scalar_t* __restrict__ exp_avg, const scalar_t* __restrict__ exp_avg_sq, int64_t length, scalar_t l2,
-    scalar_t decay, scalar_t beta1, scalar_t beta2, scalar_t rest1, scalar_t rest2, scalar_t step_size, scalar_t bias2,
-    scalar_t eps) {
+FASTHYPER_VECTOR_CLONES void adam_delta_range(scalar_t* __restrict__ delta, const scalar_t* __restrict__ param,
+                                              const scalar_t* __restrict__ grad, const scalar_t* __restrict__ exp_avg,
+                                              const scalar_t* __restrict__ exp_avg_sq, int64_t length, scalar_t l2,
+                                              scalar_t decay, scalar_t beta1, scalar_t beta2, scalar_t rest1, scalar_t rest2,
+                                              scalar_t step_size, scalar_t bias2, scalar_t eps) {
   for (int64_t i = 0; i < length; ++i) {
     const scalar_t g = grad[i] + l2 * param[i];
     const scalar_t m = beta1 * exp_avg[i] + rest1 * g, v = beta2 * exp_avg_sq[i] + rest2 * g * g;

@@ -1,0 +1,126 @@
+// What follows each trunk layer: value at the snapshot, drift from it without loss of digits, slope now (DESIGN E5).
+// The formulas are those of fasthyper/activations.py; transcendental functions are aten's, which are vectorised.
+#pragma once
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace fasthyper {
+
+enum class Activation : int64_t { kRelu = 0, kElu = 1, kTanh = 2, kSigmoid = 3, kSilu = 4 };
+
+// out = op(in) for an aten function of one tensor; both dense
+inline void unary_out(const char* op, const Tensor& in, const Tensor& out) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(in), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x0 and dx of a row lie ``stride`` apart from those of the next: they are columns of [dx | x0 | 1]. All else is dense.
+struct Shape {
+  int64_t rows, width, stride;
+  int64_t size() const { return rows * width; }
+};
+
+// relu(a0 + da) - relu(a0): for a0 > 0 it is max(da, -a0), else max(a0 + da, 0)
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void relu_drift(Shape shape, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
+                                        scalar_t* __restrict__ x0, scalar_t* __restrict__ dx, scalar_t* __restrict__ slope) {
+  for (int64_t r = 0; r < shape.rows; ++r, x0 += shape.stride, dx += shape.stride) {
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const scalar_t above = std::max(a0[i], scalar_t(0)), below = std::min(a0[i], scalar_t(0));
+      const scalar_t d = std::max(da[i] + below, -above);
+      x0[i] = above;
+      dx[i] = d;
+      slope[i] = d > -above ? scalar_t(1) : scalar_t(0);
+    }
+    a0 += shape.width, da += shape.width, slope += shape.width;
+  }
+}
+
+// t = min(a0, 0); u = min(a0 + da, 0) - t, the drift of what lies below 0, exact for every sign
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void elu_arguments(int64_t size, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
+                                           scalar_t* __restrict__ t, scalar_t* __restrict__ u) {
+  for (int64_t i = 0; i < size; ++i) {
+    const scalar_t above = std::max(a0[i], scalar_t(0)), below = std::min(a0[i], scalar_t(0));
+    t[i] = below;
+    u[i] = da[i] - std::max(da[i] + below, -above);
+  }
+}
+
+// from t = expm1(min(a0, 0)) and u = expm1 of the drift below 0
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void elu_drift(Shape shape, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
+                                       const scalar_t* __restrict__ t, const scalar_t* __restrict__ u,
+                                       scalar_t* __restrict__ x0, scalar_t* __restrict__ dx, scalar_t* __restrict__ slope) {
+  for (int64_t r = 0; r < shape.rows; ++r, x0 += shape.stride, dx += shape.stride) {
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const scalar_t above = std::max(a0[i], scalar_t(0)), below = std::min(a0[i], scalar_t(0));
+      const scalar_t d_above = std::max(da[i] + below, -above), exp0 = 1 + t[i], d_below = exp0 * u[i];
+      x0[i] = above + t[i];
+      dx[i] = d_above + d_below;
+      slope[i] = d_above > -above ? scalar_t(1) : exp0 + d_below;
+    }
+    a0 += shape.width, da += shape.width, t += shape.width, u += shape.width, slope += shape.width;
+  }
+}
+
+// t = scale * a0, u = scale * (a0 + da), v = scale * da
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void tanh_arguments(int64_t size, scalar_t scale, const scalar_t* __restrict__ a0,
+                                            const scalar_t* __restrict__ da, scalar_t* __restrict__ t,
+                                            scalar_t* __restrict__ u, scalar_t* __restrict__ v) {
+  for (int64_t i = 0; i < size; ++i) t[i] = scale * a0[i], u[i] = scale * (a0[i] + da[i]), v[i] = scale * da[i];
+}
+
+// from t, u, v = tanh of those: tanh(x + d) - tanh(x) = tanh(d) (1 - tanh(x + d) tanh(x)); sigmoid(a) = (1 + tanh(a/2)) / 2
+template <typename scalar_t, Activation activation>
+FASTHYPER_VECTOR_CLONES void tanh_drift(Shape shape, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
+                                        const scalar_t* __restrict__ t, const scalar_t* __restrict__ u,
+                                        const scalar_t* __restrict__ v, scalar_t* __restrict__ x0, scalar_t* __restrict__ dx,
+                                        scalar_t* __restrict__ slope) {
+  for (int64_t r = 0; r < shape.rows; ++r, x0 += shape.stride, dx += shape.stride) {
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const scalar_t d = v[i] * (1 - u[i] * t[i]), s = 1 - u[i] * u[i];
+      if (activation == Activation::kTanh) {
+        x0[i] = t[i], dx[i] = d, slope[i] = s;
+      } else if (activation == Activation::kSigmoid) {
+        x0[i] = (1 + t[i]) / 2, dx[i] = d / 2, slope[i] = s / 4;
+      } else {
+        const scalar_t gate0 = (1 + t[i]) / 2, gate = (1 + u[i]) / 2;
+        x0[i] = a0[i] * gate0, dx[i] = da[i] * gate + a0[i] * d / 2, slope[i] = gate + (a0[i] + da[i]) * s / 4;
+      }
+    }
+    a0 += shape.width, da += shape.width, t += shape.width, u += shape.width, v += shape.width, slope += shape.width;
+  }
+}
+
+// Sets x = [dx | x0 | 1] (``rows`` of it), and slope, from a0 and da; scratch holds at least 3 * rows * width
+template <typename scalar_t>
+void activation_drift(Activation activation, int64_t num_rows, int64_t width, const scalar_t* a0, const scalar_t* da,
+                      scalar_t* x, scalar_t* slope, const Tensor& scratch) {
+  const Shape shape{num_rows, width, 2 * width + 1};
+  const int64_t size = shape.size();
+  scalar_t *dx = x, *x0 = x + width, *t = data<scalar_t>(scratch), *u = t + size, *v = u + size;
+  for (int64_t r = 0; r < num_rows; ++r) x[r * shape.stride + 2 * width] = 1;
+  if (activation == Activation::kRelu) return relu_drift(shape, a0, da, x0, dx, slope);
+  if (activation == Activation::kElu) {
+    elu_arguments(size, a0, da, t, u);
+    const Tensor both = rows(scratch, 0, 2 * size);
+    unary_out("aten::expm1", both, both);
+    return elu_drift(shape, a0, da, t, u, x0, dx, slope);
+  }
+  tanh_arguments<scalar_t>(size, activation == Activation::kTanh ? 1 : 0.5, a0, da, t, u, v);
+  const Tensor all = rows(scratch, 0, 3 * size);
+  unary_out("aten::tanh", all, all);
+  if (activation == Activation::kTanh)
+    tanh_drift<scalar_t, Activation::kTanh>(shape, a0, da, t, u, v, x0, dx, slope);
+  else if (activation == Activation::kSigmoid)
+    tanh_drift<scalar_t, Activation::kSigmoid>(shape, a0, da, t, u, v, x0, dx, slope);
+  else
+    tanh_drift<scalar_t, Activation::kSilu>(shape, a0, da, t, u, v, x0, dx, slope);
+}
+
+}  // namespace fasthyper
