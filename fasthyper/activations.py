@@ -13,7 +13,7 @@ Drifted = tuple[Tensor, Tensor]
 
 
 class Activation(NamedTuple):
-    """``value(a)``; ``drift(a0, da)``: value(a0 + da) - value(a0) and the slope at a0 + da; ``code``: its name in kernels."""
+    """``value(a)``, and ``drift(a0, da)``: value(a0 + da) - value(a0) with the slope at a0 + da; ``code`` is for kernels."""
 
     code: int
     value: Callable[[Tensor], Tensor]

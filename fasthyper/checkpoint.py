@@ -104,6 +104,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error
+        if isinstance(error, Exception):  # of many kinds: safetensors wraps a full disk in an error of its own
+            raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error
+        raise

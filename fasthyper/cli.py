@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 import fasthyper
+from fasthyper.checkpoint import CHECKPOINT
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.recipes import RECIPES, Recipe, run
@@ -36,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.command(args) or 0
     except KeyboardInterrupt:
-        where = f"; state saved in {args.out}, the same command goes on" if getattr(args, "recipe", None) else ""
-        print(f"fasthyper: interrupted{where}", file=sys.stderr)
+        saved = getattr(args, "recipe", None) and (args.out / CHECKPOINT).exists()
+        kept = f"; state saved in {args.out}, the same command goes on" if saved else ""
+        print(f"fasthyper: interrupted{kept}", file=sys.stderr)
         return 130
     except (FasthyperError, ValueError, IndexError, OSError) as error:
         print(f"fasthyper: {' '.join(str(error).split())}", file=sys.stderr)

@@ -68,7 +68,7 @@ def fwt(matrix: Matrix, baseline: Sequence[float]) -> float:
 
 
 def largest_drop(matrix: Matrix) -> float:
-    """Largest fall of any task from just after it was learned to the end, as a fraction; 0 for a single task, NaN for gaps."""
+    """Largest fall of a task from just after it was learned to the end, as a fraction; 0 for one task, NaN for gaps."""
     last = len(matrix) - 1
     drops = [matrix[j][j] - matrix[last][j] for j in range(last)]
     return math.nan if any(map(math.isnan, drops)) else max(drops, default=0.0)

@@ -306,9 +306,8 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
     """Raises as ``hypernet_drift`` says; returns gram0, empty where none is given, and the tasks' weights."""
     op, num_layers = "hypernet_drift", len(pre0)
     if len(theta) != 2 * num_layers + 2 or len(theta0) != len(theta):
-        raise ValueError(
-            f"{op}: {num_layers} layers need {2 * num_layers + 2} tensors in theta, got {len(theta)}, {len(theta0)}"
-        )
+        message = f"{op}: {num_layers} layers need {2 * num_layers + 2} tensors in theta and theta0, got {len(theta)}"
+        raise ValueError(message if len(theta) != 2 * num_layers + 2 else f"{message} and {len(theta0)}")
     named = {"embeddings": embeddings, "embeddings0": embeddings0}
     named |= {f"theta[{i}]": p for i, p in enumerate(theta)} | {f"theta0[{i}]": p for i, p in enumerate(theta0)}
     named |= {f"pre0[{i}]": a for i, a in enumerate(pre0)} | ({} if weight is None else {"weight": weight})

@@ -134,27 +134,30 @@ class Trainer:
         index, name, data = self._next(task)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        current = self._current = self._current or self._begin(index, name)
         batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device)
         every = max(1, steps // SAMPLES_PER_TASK)
         title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
         self.hnet.train()
-        began, seconds_before = time.perf_counter(), current.record.seconds
-        with training_bar(title, current.record.steps, steps, self.progress) as show, deferred_interrupt() as interrupted:
-            for step in range(current.record.steps, steps):
-                loss, drift = self._step(current, *data.batch(batches.indices(step)))
-                current.record.steps = step + 1
-                current.record.samples += batches.batch_size
-                current.record.seconds = seconds_before + time.perf_counter() - began
-                if step % every == 0 or step + 1 == steps:
-                    current.record.loss.append((step, loss))
-                    if not math.isnan(drift):
-                        current.record.drift.append((step, drift))
-                show(step + 1, loss, drift)
-                if interrupted():
-                    if self.out is not None:
-                        self.save(self.out)
-                    raise KeyboardInterrupt
+        with deferred_interrupt() as interrupted:
+            current = self._current = self._current or self._begin(index, name)
+            began, seconds_before = time.perf_counter(), current.record.seconds
+            with training_bar(title, current.record.steps, steps, self.progress) as show:
+                for step in range(current.record.steps, steps):
+                    loss, drift = self._step(current, *data.batch(batches.indices(step)))
+                    current.record.steps = step + 1
+                    current.record.samples += batches.batch_size
+                    current.record.seconds = seconds_before + time.perf_counter() - began
+                    if step % every == 0 or step + 1 == steps:
+                        current.record.loss.append((step, loss))
+                        if not math.isnan(drift):
+                            current.record.drift.append((step, drift))
+                    show(step + 1, loss, drift)
+                    if interrupted():
+                        break
+            if interrupted():
+                if self.out is not None:
+                    self.save(self.out)
+                raise KeyboardInterrupt
         self.results.tasks.append(current.record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         self._current = None
@@ -296,9 +299,9 @@ class Trainer:
             ahead = [p.detach() for p in now.held]
             if self.lookahead:
                 ahead = [p + delta for p, delta in zip(ahead, candidate_step(now.held_optimizer), strict=True)]
-            value, grads = self._drift(ahead, now.record)
+            value, drift_grads = self._drift(ahead, now.record)
             drift = self._check_finite("drift", value.item(), now.record)
-            for parameter, grad in zip(now.held, grads, strict=True):
+            for parameter, grad in zip(now.held, drift_grads, strict=True):
                 parameter.grad.add_(grad, alpha=self.beta)  # type: ignore[union-attr]
         now.held_optimizer.step()
         now.embedding_optimizer.step()

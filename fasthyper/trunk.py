@@ -16,14 +16,14 @@ from fasthyper.activations import Activation
 
 
 class Trunk(NamedTuple):
-    """What the trunk made of T task embeddings: ``pre`` activations ``[T, N, h]`` of each layer, ``features`` ``[T, N, H]``."""
+    """What the trunk made of T embeddings: ``pre`` activations ``[T, N, h]`` of each layer, ``features`` ``[T, N, H]``."""
 
     pre: list[Tensor]
     features: Tensor
 
 
 def run_trunk(theta: Sequence[Tensor], embeddings: Tensor, activation: Activation) -> Trunk:
-    """Runs all chunks of all tasks, ``embeddings`` ``[T, E]``, through the trunk; without layers, features are [e_t, z_n]."""
+    """Runs all chunks of all tasks, ``embeddings`` ``[T, E]``, through the trunk; without layers a feature is [e_t, z_n]."""
     chunk_embeddings, *layers, _ = theta
     if not layers:
         num_tasks, num_chunks = len(embeddings), len(chunk_embeddings)

@@ -1,0 +1,145 @@
+"""The command line as a person meets it: what it prints, what it leaves, how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fasthyper.cli import main
+from fasthyper.recipes import RECIPES
+
+SMALL = ["--num-tasks", "2", "--steps", "12", "--hidden", "6,5", "--chunk_size", "900", "--target-hidden", "10"]
+
+
+def cli(*args):
+    """Runs the command in this process: its exit status."""
+    try:
+        return main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
+
+
+def one_line(capsys, *words):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert all(word in captured.err for word in words), captured.err
+
+
+def test_list_shows_every_recipe(capsys):
+    assert cli("list") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+    assert cli("list", "--json") == 0
+    assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)] == list(RECIPES)
+
+
+def test_doctor_says_what_serves(capsys):
+    assert cli("doctor") == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("torch", "ops on cpu", "data mnist"))
+    assert cli("doctor", "--json") == 0
+    assert "torch" in json.loads(capsys.readouterr().out)
+
+
+def test_run_trains_resumes_and_reports(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert cli("run", "permuted-digits", "--out", out, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "task 2/2  step 12/12  loss" in printed and "ACC" in printed and "largest drop" in printed
+    assert (out / "checkpoint.safetensors").exists() and (out / "results.json").exists()
+    assert cli("run", "permuted-digits", "--out", out, *SMALL) == 0
+    assert "holds all 2 tasks already; nothing to train" in capsys.readouterr().out
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+    assert json.loads(capsys.readouterr().out)["acc"] > 0
+
+
+def test_run_refuses_other_settings_and_foreign_directories(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+    capsys.readouterr()
+    saved = (out / "checkpoint.safetensors").read_bytes()
+    assert cli("run", "permuted-digits", "--out", out, "--lr", "0.5", *SMALL) == 1
+    assert "holds a run with other settings (lr is 0.001 there, 0.5 here)" in capsys.readouterr().err
+    assert cli("run", "demo", "--out", out) == 1
+    assert "holds a run of 'permuted-digits', not of 'demo'" in capsys.readouterr().err
+    assert (out / "checkpoint.safetensors").read_bytes() == saved
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    assert cli("run", "permuted-digits", "--out", tmp_path / "foreign") == 1
+    assert "is not empty and holds no fasthyper run" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli("run", "permuted-digits", "--out", tmp_path / "file") == 1
+    assert "is a file; name a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["run", "permuted-mnist-1O"], ["unknown recipe 'permuted-mnist-1O'; did you mean permuted-mnist-10"]),
+        (["run", "xyz"], ["unknown recipe 'xyz'", "`fasthyper list` shows them"]),
+        (["run", "demo", "--steps", "many"], ["'many' is not int"]),
+        (["run", "demo", "--hidden", "25;25"], ["'25;25' is not int,int,..."]),
+        (["run", "demo", "--lookahead", "maybe"], ["'maybe' is not true|false"]),
+        (["run", "demo", "--no-such-setting", "1"], ["unrecognized arguments"]),
+        (["report"], ["required: DIR"]),
+        (["dance"], ["invalid choice: 'dance'"]),
+        ([], ["required: COMMAND"]),
+    ],
+    ids=str,
+)
+def test_bad_usage_is_one_line_and_status_2(args, words, capsys):
+    assert cli(*args) == 2
+    one_line(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["run", "demo", "--data-dir", "nowhere/at/all", "--stream", "imagenet"], ["unknown stream 'imagenet'"]),
+        (["run", "permuted-digits", "--chunk-size", "0"], ["must be at least 1"]),
+        (["run", "permuted-digits", "--optimizer", "lion"], ["unknown optimizer 'lion'"]),
+        (["run", "permuted-digits", "--num-tasks", "0"], ["num_tasks must be at least 1"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["data", "fetch", "imagenet"], ["unknown data set 'imagenet'; known: mnist"]),
+    ],
+    ids=str,
+)
+def test_failures_are_one_line_and_status_1(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(*args) == 1
+    one_line(capsys, *words)
+
+
+def test_damaged_data_is_named(tmp_path, capsys):
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(b"not an image")
+    assert cli("run", "demo", "--data-dir", tmp_path, "--out", tmp_path / "run") == 1
+    one_line(capsys, "is not the right file", "SHA-256")
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
+    command[command.index("12")] = "20000"
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert "permuted-digits" in process.stdout.readline()
+    while not (tmp_path / "run").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; state saved in" in errors and "the same command goes on" in errors
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process.stdout.readline()
+    assert "going on in" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)

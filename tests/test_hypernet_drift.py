@@ -1,0 +1,179 @@
+"""hypernet_drift: the trunk and the drift in one op, against the oracle and autograd; contracts of the op, bad input."""
+
+from itertools import pairwise
+
+import oracle
+import pytest
+import torch
+from conftest import TOL
+
+from fasthyper import ops, reference
+from fasthyper.activations import ACTIVATIONS
+from fasthyper.layout import Layout
+from fasthyper.planner import drift_plan
+from fasthyper.trunk import run_trunk
+
+# past tasks, target weights, chunk size, task and chunk embedding sizes, hidden widths
+SHAPES = {
+    "no-past-task": (0, 25, 6, 3, 2, (4,)),
+    "one-task": (1, 25, 6, 3, 2, (4,)),
+    "linear": (3, 25, 6, 3, 2, ()),
+    "one-layer": (3, 24, 6, 3, 2, (4,)),
+    "two-layers": (3, 25, 6, 3, 2, (5, 4)),
+    "three-layers": (2, 25, 6, 3, 2, (4, 7, 5)),
+    "full": (4, 11, 11, 3, 0, (5, 2)),
+    "full-linear": (4, 11, 15, 3, 0, ()),
+    "tiles": (30, 50 * 90 - 3, 50, 3, 2, (5, 4)),
+}
+all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+all_activations = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+def arguments(shape, activation, dtype=torch.float64, step=0.1, form="auto"):
+    """Keyword arguments of the public function; theta and embeddings a ``step`` away from the snapshot."""
+    tasks, weights, chunk, task_dim, chunk_dim, hidden = shape
+    generator = torch.Generator().manual_seed(7)
+    layout, widths = Layout(weights, chunk), (task_dim + chunk_dim, *hidden)
+    sizes = [(layout.num_chunks, chunk_dim)]
+    for i, o in pairwise(widths):
+        sizes += [(o, i), (o,)]
+    sizes.append((chunk, widths[-1] + 1))
+
+    def random(size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    theta0, embeddings0 = [random(size) for size in sizes], random((tasks, task_dim))
+    return {
+        "theta": [p + step * random(p.shape) for p in theta0],
+        "theta0": theta0,
+        "embeddings": embeddings0 + step * random(embeddings0.shape),
+        "embeddings0": embeddings0,
+        "pre0": run_trunk(theta0, embeddings0, activation).pre,
+        "plan": drift_plan(layout, range(tasks), widths[-1], form),
+        "activation": activation.code,
+    }
+
+
+def raw_arguments(args, weight, gram0):
+    keys = ("theta", "theta0", "embeddings", "embeddings0", "pre0")
+    return *(args[key] for key in keys), gram0, weight, args["plan"], args["activation"]
+
+
+def oracle_value_and_grads(shape, activation, args, weight):
+    tensors = [t.double().requires_grad_() for t in (*args["theta"], args["embeddings"])]
+    *theta, embeddings = tensors
+    theta0, embeddings0 = [p.double() for p in args["theta0"]], args["embeddings0"].double()
+    h = run_trunk(theta, embeddings, activation).features
+    h0 = run_trunk(theta0, embeddings0, activation).features
+    value = oracle.drift(h, theta[-1], h0, theta0[-1], shape[1], weight=weight.double())
+    return value.detach(), torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+
+
+@all_shapes
+@all_activations
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("given", [False, True], ids=["", "gram0"])
+def test_hypernet_drift_forward_backward(implementation, shape, activation, form, given, dtype):
+    args = arguments(shape, activation, dtype, form=form)
+    weight, width = torch.linspace(0.5, 2, shape[0], dtype=dtype), args["theta"][-1].shape[1]
+    gram0 = torch.empty(0, width, width, dtype=torch.float64)
+    if given:
+        gram0 = reference.gram0(run_trunk(args["theta0"], args["embeddings0"], activation).features, weight, args["plan"])
+    value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, gram0))
+    want_value, want_grads = oracle_value_and_grads(shape, activation, args, weight)
+    assert value.dtype == dtype and value >= 0
+    assert oracle.relative_error(value, want_value) < TOL["drift", dtype]
+    for have, want in zip([*grad_theta, grad_embeddings], want_grads, strict=True):
+        assert have.shape == want.shape and oracle.relative_error(have, want) < TOL["drift", dtype]
+
+
+@all_activations
+@pytest.mark.parametrize("step", [1, 1e-2, 1e-4, 1e-6])
+def test_hypernet_drift_keeps_its_digits_at_small_steps(implementation, activation, step):
+    """In float32 a plain difference of features would be wrong by 10 % at the last step."""
+    shape = SHAPES["two-layers"]
+    args = arguments(shape, activation, torch.float32, step)
+    weight, width = torch.ones(shape[0]), args["theta"][-1].shape[1]
+    gram0 = torch.empty(0, width, width, dtype=torch.float64)
+    value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, gram0))
+    want_value, want_grads = oracle_value_and_grads(shape, activation, args, weight)
+    assert oracle.relative_error(value, want_value) < 3e-6
+    assert oracle.relative_error(grad_theta[-1], want_grads[-2]) < 3e-6
+    assert oracle.relative_error(grad_embeddings, want_grads[-1]) < 3e-6
+
+
+@pytest.mark.parametrize("name", ["two-layers", "linear", "full"])
+def test_hypernet_drift_gradcheck(name):
+    args = arguments(SHAPES[name], ACTIVATIONS["elu"])
+    theta, embeddings = [p.requires_grad_() for p in args["theta"]], args["embeddings"].requires_grad_()
+
+    def function(embeddings, *theta):
+        return ops.hypernet_drift(**{**args, "theta": theta, "embeddings": embeddings})
+
+    assert torch.autograd.gradcheck(function, (embeddings, *theta))
+
+
+@all_shapes
+def test_hypernet_drift_opcheck(shape, dtype):
+    args = arguments(shape, ACTIVATIONS["tanh"], dtype)
+    width = args["theta"][-1].shape[1]
+    raw = raw_arguments(args, torch.ones(shape[0], dtype=dtype), torch.empty(0, width, width, dtype=torch.float64))
+    torch.library.opcheck(torch.ops.fasthyper._hypernet_drift_fwd.default, raw)
+
+
+def test_hypernet_drift_compiles_in_one_graph():
+    args = arguments(SHAPES["two-layers"], ACTIVATIONS["relu"])
+    leaves = [p.requires_grad_() for p in args["theta"]]
+    compiled = torch.compile(ops.hypernet_drift, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(ops.hypernet_drift(**args), leaves)
+    for have, wanted in zip(torch.autograd.grad(compiled(**args), leaves), want, strict=True):
+        assert oracle.relative_error(have, wanted) < 1e-12
+
+
+def test_hypernet_drift_strides(implementation):
+    args = arguments(SHAPES["two-layers"], ACTIVATIONS["silu"])
+    width = args["theta"][-1].shape[1]
+    rest = torch.ones(3, dtype=torch.float64), torch.empty(0, width, width, dtype=torch.float64)
+    plain = implementation.hypernet_drift_fwd(*raw_arguments(args, *rest))
+    for key in ("theta", "theta0", "pre0"):
+        args[key] = [torch.stack([t, t], -1)[..., 1] for t in args[key]]
+    args["embeddings"] = args["embeddings"].T.contiguous().T
+    strided = implementation.hypernet_drift_fwd(*raw_arguments(args, *rest))
+    for have, want in zip([*strided[:2], *strided[2]], [*plain[:2], *plain[2]], strict=True):
+        assert torch.allclose(have, want, rtol=1e-12)
+
+
+def test_hypernet_drift_repeats_and_does_not_depend_on_the_number_of_threads():
+    args = arguments(SHAPES["tiles"], ACTIVATIONS["elu"])
+    threads = torch.get_num_threads()
+    results = {}
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results[count] = [ops.hypernet_drift_value_and_grad(**args) for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    flat = {count: [[v, *g, e] for v, g, e in runs] for count, runs in results.items()}
+    for first, second in flat.values():
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for one, two in zip(flat[1][0], flat[2][0], strict=True):
+        assert oracle.relative_error(two, one) < 1e-13
+
+
+def test_hypernet_drift_names_what_is_wrong():
+    args = arguments(SHAPES["two-layers"], ACTIVATIONS["elu"])
+    for changed, error, message in (
+        ({"theta": args["theta"][1:]}, ValueError, "2 layers need 6 tensors in theta and theta0, got 5"),
+        ({"embeddings": args["embeddings"][:2]}, ValueError, r"embeddings0 must have shape \[2, 3\], got \[3, 3\]"),
+        (
+            {"pre0": [args["pre0"][0], args["pre0"][0]]},
+            ValueError,
+            r"pre0\[1\] must have shape \[3, 5, 4\], got \[3, 5, 5\]",
+        ),
+        ({"theta0": [t.float() for t in args["theta0"]]}, TypeError, r"theta0\[0\] is torch.float32"),
+        ({"plan": args["plan"].int()}, TypeError, "plan must be int64 on the CPU"),
+        ({"weight": torch.ones(2, dtype=torch.float64)}, ValueError, r"weight must have shape \[3\], got \[2\]"),
+        ({"gram0": torch.ones(1, 5, 5, dtype=torch.float64)}, ValueError, r"gram0 must have shape \[2, 5, 5\]"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.hypernet_drift(**{**args, **changed})

@@ -1,0 +1,110 @@
+"""Who may import whom (DESIGN, How it is cut), read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fasthyper"
+
+# module -> the modules of the package that it may import; what is not named here may not exist
+ALLOWED = {
+    "version": set(),
+    "errors": set(),
+    "activations": set(),
+    "layout": set(),
+    "interrupt": set(),
+    "progress": set(),
+    "metrics": set(),
+    "nets": set(),
+    "streams": {"errors"},
+    "reference": {"activations"},
+    "ops": {"reference"},
+    "_backend": {"ops", "reference"},
+    "planner": {"layout"},
+    "trunk": {"activations"},
+    "target": {"layout"},
+    "environment": {"version", "_backend"},
+    "checkpoint": {"errors"},
+    "lookahead": {"ops"},
+    "hypernet": {"activations", "layout", "ops", "streams", "target", "trunk"},
+    "regularizer": {"hypernet", "ops", "planner", "reference", "trunk"},
+    "trainer": {
+        *("checkpoint", "environment", "errors", "hypernet", "interrupt", "lookahead", "metrics", "nets", "progress"),
+        *("regularizer", "streams"),
+    },
+    "recipes": {"checkpoint", "errors", "hypernet", "nets", "streams", "trainer"},
+    "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
+    "cli": {"checkpoint", "environment", "errors", "recipes", "report", "streams"},
+    "__main__": {"cli"},
+}
+THIRD_PARTY = {  # beside torch and the standard library; imported inside functions only
+    "checkpoint": {"safetensors"},
+    "progress": {"rich"},
+    "report": {"matplotlib", "numpy"},
+    "streams": {"sklearn"},
+}
+PUBLIC = {"__init__"}
+
+
+def imports(path):
+    """(module, is at the top of the file) for each import of a file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"fasthyper.{alias.name}" for alias in node.names] if node.module == "fasthyper" else [node.module]
+        yield from ((name, id(node) in top) for name in names)
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    import sys
+
+    module = module_of(path)
+    if module in PUBLIC:
+        return
+    for name, at_top in imports(path):
+        first, *rest = name.split(".")
+        if first == "fasthyper":
+            if not rest:  # the public package, for a caller of it
+                assert module == "cli", f"{module} imports the whole package"
+                continue
+            assert rest[0] == module or rest[0] in ALLOWED[module], f"{module} may not import fasthyper.{rest[0]}"
+        elif first != "torch" and first not in sys.stdlib_module_names:
+            assert first in THIRD_PARTY.get(module, set()), f"{module} may not import {first}"
+            assert not at_top, f"{module}: {first} must be imported where it is used"
+
+
+def test_arrows_form_no_circle():
+    seen = {}
+
+    def visit(module, path):
+        assert module not in path, f"circle: {' -> '.join([*path, module])}"
+        if module not in seen:
+            seen[module] = True
+            for other in ALLOWED[module]:
+                visit(other, [*path, module])
+
+    for module in ALLOWED:
+        visit(module, [])
+    assert set(ALLOWED) == {module_of(path) for path in PACKAGE.rglob("*.py")} - PUBLIC
+
+
+def test_kernels_use_the_stable_abi_only():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".h"):
+            for line in path.read_text().splitlines():
+                if line.startswith("#include <torch/") or line.startswith("#include <ATen"):
+                    assert line.startswith(("#include <torch/csrc/stable/", "#include <torch/headeronly/")) or (
+                        line == "#include <torch/csrc/inductor/aoti_torch/c/shim.h>"
+                    ), f"{path}: {line}"
