@@ -68,14 +68,14 @@ def times(commands: dict[str, Any]) -> str:
     seconds, demo = commands["seconds"], commands["demo"]
     results = Results.from_json(demo["results"])
     scores, config = results.scores(), demo["config"]
-    training = sum(task.seconds for task in results.tasks)
+    training, drop = sum(task.seconds for task in results.tasks), 100 * scores["largest_drop"]
     lines = [
         "",
-        f"On {commands['environment']['machine']}, from a clean clone: `make demo` {seconds['demo'] / 60:.1f} minutes, of which",
-        f"the ten tasks took {training / 60:.1f}; `make test` {seconds['test'] / 60:.1f} minutes more. The demo ends at "
-        f"{100 * scores['acc']:.2f} % mean accuracy,",
-        f"no task more than {100 * scores['largest_drop']:.2f} points under what it had when it was learned "
-        f"({config['steps']} steps a task, seed {config['seed']}).",
+        f"On {commands['environment']['machine']}, from a clean clone:",
+        f"`make demo` {seconds['demo'] / 60:.1f} minutes, of which the ten tasks took {training / 60:.1f}; "
+        f"`make test` {seconds['test'] / 60:.1f} minutes more.",
+        f"The demo ends at {100 * scores['acc']:.2f} % mean accuracy, no task more than {drop:.2f} points",
+        f"under what it had when it was learned ({config['steps']} steps a task, seed {config['seed']}).",
         "",
     ]
     return "\n".join(lines)

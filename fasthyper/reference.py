@@ -87,7 +87,7 @@ def hypernet_drift_fwd(
 
     grads: list[Tensor] = [grad_basis_SK]
     if not layers:
-        grad_e_TE, grad_z_NZ = grad.sum(1)[:, : split[0]].contiguous(), grad.sum(0)[:, split[0] :].contiguous()
+        grad_e_TE, grad_z_NZ = grad[..., : split[0]].sum(1), grad[..., split[0] :].sum(0)
     for i in reversed(range(len(pre0))):
         weight_OI, grad = layers[2 * i], grad * slopes[i]
         if i == 0:
