@@ -28,11 +28,13 @@ cpp: $(VENV)/.dev
 reference: $(VENV)/.dev
 	FASTHYPER_BACKEND=reference pytest
 
-# what an install without a compiler gives: the package as it is copied, with no extension in it
+# what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours
 pure: $(VENV)/.dev
-	rm -rf build/pure
-	FASTHYPER_BUILD=none $(PIP) install -q --no-build-isolation --no-deps --target build/pure .
-	PYTHONPATH=build/pure FASTHYPER_BACKEND=auto pytest
+	rm -rf build/pure && $(PYTHON) -m venv --without-pip build/pure
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo build/pure/lib/python3*`/site-packages/borrowed.pth
+	FASTHYPER_BUILD=none build/pure/bin/python -m pip install -q --no-build-isolation --no-deps --ignore-installed .
+	cd build && FASTHYPER_BACKEND=auto pure/bin/python -c 'import fasthyper; assert "not built" in fasthyper.backends()["cpu"]'
+	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. ../tests
 
 bench: $(VENV)/.dev
 	pytest bench -o python_files='bench_*.py' --benchmark-json=bench/results/cpu.json

@@ -158,13 +158,13 @@ def write_report(directories: Sequence[str | Path], out: str | Path | None = Non
         FasthyperError: a run cannot be read, the report cannot be written, or matplotlib is missing.
         ValueError: no directory is given.
     """
+    if not directories:
+        raise ValueError("a report needs at least one run directory")
+    runs = [load_run(directory) for directory in directories]
     try:
         import matplotlib
     except ImportError as error:
         raise FasthyperError("the report needs matplotlib: pip install 'fasthyper[plot]'") from error
-    if not directories:
-        raise ValueError("a report needs at least one run directory")
-    runs = [load_run(directory) for directory in directories]
     with matplotlib.rc_context(LOOK):
         page, poster = _page(runs), _poster(runs[0])
     out = runs[0].directory if out is None else Path(out)

@@ -77,8 +77,7 @@ def test_generate_opcheck(name, dtype):
     torch.library.opcheck(torch.ops.fasthyper._generate_bwd.default, (torch.ones(weights, dtype=dtype), h, basis))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_generate_compiles_in_one_graph(backend):
+def test_generate_compiles_in_one_graph():
     def loss(h, basis):
         first, second = ops.generate(h, basis, [(2, 5), (10,)])
         return (first.sin().sum() * second).sum()
@@ -86,7 +85,7 @@ def test_generate_compiles_in_one_graph(backend):
     leaves = [t.requires_grad_() for t in inputs(4, 6, 3)]
     want = torch.autograd.grad(loss(*leaves), leaves)
     torch._dynamo.reset()
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
     for have, wanted in zip(found, want, strict=True):
         assert oracle.relative_error(have, wanted) < 1e-12
 

@@ -91,12 +91,19 @@ def test_the_command_says_in_one_line_why_it_cannot_start():
     assert done.stderr.startswith("fasthyper: fasthyper 0.1.0 needs torch 2.11") and done.stderr.count("\n") == 1
 
 
-def test_a_compiled_call_may_be_the_very_first():
-    code = """
-import torch, fasthyper as fh
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_call_may_be_the_very_first(backend):
+    code = f"""
+import torch
 from fasthyper import ops
-function = torch.compile(lambda h, v: ops.generate(h, v, [(20,)])[0].sum(), fullgraph=True, backend='aot_eager')
-function(torch.randn(4, 3), torch.randn(6, 4))
+def loss(h, v):
+    first, second = ops.generate(h, v, [(2, 5), (10,)])
+    return (first.sin().sum() * second).sum()
+compiled = torch.compile(loss, fullgraph=True, backend="{backend}")
+leaves = torch.randn(4, 3).requires_grad_(), torch.randn(6, 4).requires_grad_()
+found = torch.autograd.grad(compiled(*leaves), leaves)
+for have, want in zip(found, torch.autograd.grad(loss(*leaves), leaves)):
+    torch.testing.assert_close(have, want)
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
