@@ -37,7 +37,9 @@ pure: $(VENV)/.dev
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. ../tests
 
 bench: $(VENV)/.dev
-	pytest bench -o python_files='bench_*.py' --benchmark-json=bench/results/cpu.json
+	pytest bench --benchmark-json=bench/results/cpu.json
+	python bench/precision.py
+	python bench/time_commands.py
 	python bench/report.py
 
 readme: $(VENV)/.dev

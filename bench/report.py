@@ -14,31 +14,37 @@ from typing import Any
 from fasthyper.metrics import Results
 
 ROOT = Path(__file__).parent.parent
-RESULTS, FIGURES, README = ROOT / "bench" / "results", ROOT / "bench" / "figures", ROOT / "README.md"
+RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
+README, DESIGN = ROOT / "README.md", ROOT / "DESIGN.md"
 OURS, PEER = "fasthyper", "hypnettorch"
 COLOURS = {OURS: "#0a9396", PEER: "#ca6702"}
 
 
 def main() -> int:
-    measured = json.loads((RESULTS / "cpu.json").read_text())
-    commands = json.loads((RESULTS / "commands.json").read_text())
+    measured, commands, precision = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision")
+    )
     rows = [entry["extra_info"] for entry in measured["benchmarks"]]
-    readme = README.read_text()
-    wanted = readme
-    for name, text in (
-        ("headline", headline(rows)),
-        ("figure", figure_link(rows)),
-        ("times", times(commands)),
-        ("table", table(rows, measured)),
-    ):
-        wanted = between_markers(wanted, name, text)
-    if "--check" in sys.argv[1:]:
-        if wanted != readme:
-            print("README.md is not what bench/results says: run `python bench/report.py`", file=sys.stderr)
+    parts = {
+        README: {
+            "headline": headline(rows),
+            "figure": figure_link(),
+            "times": times(commands),
+            "table": table(rows, measured),
+        },
+        DESIGN: {"precision": precision_table(precision)},
+    }
+    for path, contents in parts.items():
+        found = wanted = path.read_text()
+        for name, text in contents.items():
+            wanted = between_markers(wanted, name, text)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif wanted != found:
+            print(f"{path.name} is not what bench/results says: run `python bench/report.py`", file=sys.stderr)
             return 1
-        return 0
-    README.write_text(wanted)
-    draw(rows, measured)
+    if "--check" not in sys.argv[1:]:
+        draw(rows, measured)
     return 0
 
 
@@ -56,7 +62,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
     return f" {low:.0f} to {high:.0f} times faster than\n{PEER} after 100 tasks,"
 
 
-def figure_link(rows: list[dict[str, Any]]) -> str:
+def figure_link() -> str:
     alt = "Seconds per training step against the number of past tasks, fasthyper and hypnettorch"
     return (
         f'\n<picture><source media="(prefers-color-scheme: dark)" srcset="bench/figures/step-dark.svg">'
@@ -103,6 +109,15 @@ def table(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def precision_table(precision: dict[str, Any]) -> str:
+    lines = ["", "| state | step | value: ours | loop | gradient: ours | loop |", "|---|---|---|---|---|---|"]
+    for row in precision["errors"]:
+        errors = [f"{row[who][what]:.0e}" for what in ("value", "gradient") for who in ("ours", "loop")]
+        step = "" if row["step"] is None else f"{row['step']:.0e}"
+        lines.append(f"| {row['state']} | {step} | {' | '.join(errors)} |")
+    return "\n".join([*lines, ""])
 
 
 def draw(rows: list[dict[str, Any]], measured: dict[str, Any]) -> None:

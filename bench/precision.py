@@ -1,0 +1,34 @@
+"""Errors of the float32 regularizer against float64, ours and the loop's, over the size of a step and in a trained state.
+
+python bench/precision.py     writes bench/results/precision.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from test_regularizer import STATES, STEPS, float32_errors, random_state, trained_state  # noqa: E402
+
+from fasthyper.environment import environment  # noqa: E402
+
+
+def main() -> int:
+    rows = []
+    for name in STATES:
+        for step in STEPS:
+            ours, loop = float32_errors(*random_state(name, step))
+            rows.append({"state": f"random, {name}", "step": step, "ours": ours, "loop": loop})
+    ours, loop = float32_errors(*trained_state())
+    rows.append({"state": "trained, ten tasks", "step": None, "ours": ours, "loop": loop})
+    record = {"environment": environment(), "errors": rows}
+    (ROOT / "bench" / "results" / "precision.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
