@@ -55,7 +55,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(BUILD)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[plot]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[plot,digits]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD)

@@ -11,6 +11,7 @@ from fasthyper import nets, streams
 from fasthyper.checkpoint import CHECKPOINT, claim
 from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.streams.fetch import fetch
 from fasthyper.trainer import Trainer
 
 
@@ -64,6 +65,8 @@ def run(recipe: Recipe, out: Path, progress: bool = True, log: Callable[[str], N
     if recipe.stream not in STREAMS:
         raise ValueError(f"unknown stream {recipe.stream!r}; choose from {', '.join(STREAMS)}")
     claim(out, recipe.name)
+    if recipe.stream.endswith("-mnist"):
+        fetch("mnist", recipe.data_dir, log)  # a first download takes a while, and says what it does
     trainer = _trainer(recipe, out, progress)
     stream = STREAMS[recipe.stream](recipe)
     done = len(trainer.results.tasks)
