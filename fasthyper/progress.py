@@ -31,7 +31,8 @@ def training_bar(title: str, start: int, steps: int, enabled: bool) -> Iterator[
         now = time.perf_counter()
         if bar is not None and now - shown > 0.1:
             shown = now
-            bar.update(row, completed=step, loss=loss, drift=drift, rate=(step - start) / (now - began))
+            shown_drift = "none yet" if drift != drift else f"{drift:.1e}"
+            bar.update(row, completed=step, loss=loss, drift=shown_drift, rate=(step - start) / (now - began))
 
     try:
         yield update
@@ -59,11 +60,10 @@ def _rich_bar(title: str, start: int, steps: int):  # type: ignore[no-untyped-de
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  drift {task.fields[drift]:.1e}  {task.fields[rate]:.0f} steps/s  ETA"),
+        TextColumn("loss {task.fields[loss]:.4f}  drift {task.fields[drift]}  {task.fields[rate]:.0f} steps/s  ETA"),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
     bar.live.auto_refresh = True
     bar.start()
-    nan = float("nan")
-    return bar, bar.add_task(title, completed=start, total=steps, loss=nan, drift=nan, rate=0.0)
+    return bar, bar.add_task(title, completed=start, total=steps, loss=float("nan"), drift="none yet", rate=0.0)

@@ -76,6 +76,8 @@ def test_run_refuses_other_settings_and_foreign_directories(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli("run", "permuted-digits", "--out", tmp_path / "file") == 1
     assert "is a file; name a directory" in capsys.readouterr().err
+    assert cli("run", "permuted-digits", "--out", tmp_path / "file" / "run") == 1
+    assert "cannot write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
