@@ -10,8 +10,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """While inside, Ctrl-C only sets a flag, which the yielded function reads; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
+    """While inside, Ctrl-C only sets a flag, which the yielded function reads; a second one interrupts at once.
+
+    Where interrupts are ignored (a background job) they stay so; outside the main thread nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield lambda: False
         return
     requested = False

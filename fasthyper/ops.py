@@ -333,6 +333,8 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
         gram0 = embeddings.new_empty((0, width + 1, width + 1), dtype=torch.float64)
     else:
         _check_shape(op, "gram0", gram0, (plan.shape[0], width + 1, width + 1))
+        if gram0.dtype != torch.float64 or gram0.device != embeddings.device:
+            raise TypeError(f"{op}: gram0 must be float64 on {embeddings.device}, got {gram0.dtype} on {gram0.device}")
     return gram0, _task_weight(op, weight, embeddings)
 
 

@@ -23,6 +23,14 @@ def same_state(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.hnet.parameters(), b.hnet.parameters(), strict=True))
 
 
+@pytest.fixture
+def foreground():
+    """Ctrl-C interrupts, as at a terminal; in a background job it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_at(trainer, step):
     """Ctrl-C arrives while this step is under way."""
     original = trainer._step
@@ -46,7 +54,7 @@ def interrupt_at(trainer, step):
     ],
     ids=str,
 )
-def test_goes_on_bit_for_bit_after_an_interrupt_in_a_task(tmp_path, options):
+def test_goes_on_bit_for_bit_after_an_interrupt_in_a_task(tmp_path, foreground, options):
     stream, whole, cut = toy_stream(), make(**options), make(tmp_path, **options)
     for task in stream:
         whole.fit(task, steps=20, batch_size=16)
@@ -77,6 +85,13 @@ def test_goes_on_between_tasks_and_with_added_tasks(tmp_path):
         trainer.hnet.add_task()
         trainer.fit(stream[3], steps=5, batch_size=16)
     assert same_state(resumed, whole)
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(foreground):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = make()
+    interrupt_at(trainer, 1)
+    assert trainer.fit(toy_stream()[0], steps=4, batch_size=8).steps == 4
 
 
 def test_interrupt_outside_the_main_thread_is_not_caught():

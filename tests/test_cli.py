@@ -129,8 +129,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
     command[command.index("12")] = "20000"
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def start():
+        def foreground():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job starts with it ignored
+
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=env, preexec_fn=foreground, **pipes)
+
+    process = start()
     assert "permuted-digits" in process.stdout.readline()
     while not (tmp_path / "run").exists():
         time.sleep(0.05)
@@ -140,7 +148,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == 130, errors
     assert "interrupted; state saved in" in errors and "the same command goes on" in errors
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = start()
     process.stdout.readline()
     assert "going on in" in process.stdout.readline()
     process.send_signal(signal.SIGINT)

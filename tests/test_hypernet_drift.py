@@ -174,6 +174,7 @@ def test_hypernet_drift_names_what_is_wrong():
         ({"plan": args["plan"].int()}, TypeError, "plan must be int64 on the CPU"),
         ({"weight": torch.ones(2, dtype=torch.float64)}, ValueError, r"weight must have shape \[3\], got \[2\]"),
         ({"gram0": torch.ones(1, 5, 5, dtype=torch.float64)}, ValueError, r"gram0 must have shape \[2, 5, 5\]"),
+        ({"gram0": torch.ones(2, 5, 5)}, TypeError, "gram0 must be float64 on cpu, got torch.float32"),
     ):
         with pytest.raises(error, match=message):
             ops.hypernet_drift(**{**args, **changed})
