@@ -1,7 +1,7 @@
-"""Writes the measured parts of README.md and its figure from bench/results/*.json; no number is typed by hand.
+"""Writes the measured parts of README.md and DESIGN.md, and the figure, from bench/results/*.json; none is typed by hand.
 
-python bench/report.py            rewrite README.md and bench/figures
-python bench/report.py --check    exit 1 if README.md is not what the results say
+python bench/report.py            rewrite both and bench/figures
+python bench/report.py --check    exit 1 if they are not what the results say
 """
 
 from __future__ import annotations

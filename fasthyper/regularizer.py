@@ -75,7 +75,7 @@ class OutputRegularizer:
             Scalar, never negative, differentiable in ``theta`` and ``embeddings``; 0 without past tasks.
 
         Raises:
-            IndexError: not a past task.  ValueError: a task given twice.
+            IndexError: not a past task.  ValueError: a task given twice.  RuntimeError: no snapshot was taken.
         """
         return ops.hypernet_drift(**self._arguments(theta, embeddings, tasks, scaling))
 
@@ -89,7 +89,7 @@ class OutputRegularizer:
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
 
-        With ``tasks``, the last one is ``[len(tasks), E]``.
+        Arguments and errors are those of ``penalty``; with ``tasks``, the gradient of ``embeddings`` is ``[len(tasks), E]``.
         """
         return ops.hypernet_drift_value_and_grad(**self._arguments(theta, embeddings, tasks, scaling))
 
@@ -100,6 +100,8 @@ class OutputRegularizer:
         tasks: Sequence[int] | None,
         scaling: Tensor | None,
     ) -> dict[str, Any]:
+        if not hasattr(self, "theta0"):
+            raise RuntimeError("no snapshot to hold to: call snapshot(num_past) when a task begins")
         theta = self.hnet.theta if theta is None else theta
         embeddings = self.embeddings0 if embeddings is None else embeddings
         embeddings0, pre0, plan, gram0 = self.embeddings0, self._pre0, self._all, self._gram0

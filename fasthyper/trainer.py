@@ -290,7 +290,7 @@ class Trainer:
         """One update; returns the task loss and the drift (NaN without one) before it."""
         index, drift = now.record.index, math.nan
         loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), index), y)
-        self._check_finite("loss", loss.item(), now.record)
+        loss_value = self._check_finite("loss", loss.item(), now.record)
         parameters = [*now.held, now.embedding]
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -305,7 +305,7 @@ class Trainer:
                 parameter.grad.add_(grad, alpha=self.beta)  # type: ignore[union-attr]
         now.held_optimizer.step()
         now.embedding_optimizer.step()
-        return loss.item(), drift
+        return loss_value, drift
 
     def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> tuple[Tensor, list[Tensor]]:
         """Drift of the past tasks' weights at these values of what moves, and its gradients for them."""

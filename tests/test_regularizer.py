@@ -100,6 +100,8 @@ def test_penalty_at_the_parameters_themselves_and_after_a_new_snapshot():
 def test_penalty_names_what_is_wrong():
     hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,))
     regularizer = fh.OutputRegularizer(hnet)
+    with pytest.raises(RuntimeError, match="no snapshot to hold to"):
+        regularizer.penalty()
     with pytest.raises(ValueError, match="snapshot of 4 past tasks, but the hypernetwork has 3"):
         regularizer.snapshot(4)
     regularizer.snapshot(2)

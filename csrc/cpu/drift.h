@@ -57,12 +57,11 @@ class Drift {
         num_chunks_(num_chunks),
         width_(basis.size(1) - 1),
         full_(2 * width_ + 1),
-        chunk_size_(basis.size(0)),
         basis_(const_data<scalar_t>(basis)),
         basis0_(const_data<scalar_t>(basis0)),
         weight_(const_data<scalar_t>(weight)),
         gram0_(gram0.size(0) > 0 ? const_data<double>(gram0) : nullptr),
-        rectangles_(read_plan(plan, num_tasks, num_chunks, chunk_size_)) {}
+        rectangles_(read_plan(plan, num_tasks, num_chunks, basis.size(0))) {}
 
   // What one thread of the row pass needs.
   struct Worker {
@@ -339,7 +338,7 @@ class Drift {
   Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_tensor_, size); }
 
   const Tensor basis_tensor_, grad_basis_tensor_;
-  const int64_t num_chunks_, width_, full_, chunk_size_;
+  const int64_t num_chunks_, width_, full_;
   const scalar_t *basis_, *basis0_, *weight_;
   const double* gram0_;
   const std::vector<Rectangle> rectangles_;
