@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")  # module level: must stay alive
 LIBRARY.define(
-    "_output_drift_fwd(Tensor dh, Tensor basis, Tensor h0, Tensor basis0, Tensor weight, Tensor plan)"
+    "_output_drift_fwd(Tensor dh, Tensor basis, Tensor h0, Tensor basis0, Tensor weight, Tensor plan, int precision=3)"
     " -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "_hypernet_drift_fwd(Tensor[] theta, Tensor[] theta0, Tensor embeddings, Tensor embeddings0, Tensor[] pre0,"
-    " Tensor gram0, Tensor weight, Tensor plan, int activation) -> (Tensor, Tensor, Tensor[])"
+    " Tensor gram0, Tensor weight, Tensor plan, int activation, int precision=3) -> (Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
@@ -25,16 +25,17 @@ LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
+PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = ("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
 
 
 @torch.library.register_fake("fasthyper::_output_drift_fwd", lib=LIBRARY)
-def _output_drift_fwd_fake(dh, basis, h0, basis0, weight, plan):
+def _output_drift_fwd_fake(dh, basis, h0, basis0, weight, plan, precision=3):
     return dh.new_empty(()), dh.new_empty(dh.shape), basis.new_empty(basis.shape)
 
 
 @torch.library.register_fake("fasthyper::_hypernet_drift_fwd", lib=LIBRARY)
-def _hypernet_drift_fwd_fake(theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation):
+def _hypernet_drift_fwd_fake(theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation, precision=3):
     return embeddings.new_empty(()), embeddings.new_empty(embeddings.shape), [p.new_empty(p.shape) for p in theta]
 
 
@@ -68,8 +69,8 @@ _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
 
 class _OutputDrift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dh, basis, h0, basis0, weight, plan):
-        value, *gradients = _output_drift_fwd(dh, basis, h0, basis0, weight, plan)
+    def forward(ctx, dh, basis, h0, basis0, weight, plan, precision=3):
+        value, *gradients = _output_drift_fwd(dh, basis, h0, basis0, weight, plan, precision)
         ctx.save_for_backward(*gradients)
         return value
 
@@ -77,15 +78,15 @@ class _OutputDrift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad_h, grad_basis = ctx.saved_tensors
-        return grad * grad_h, grad * grad_basis, None, None, None, None
+        return grad * grad_h, grad * grad_basis, *[None] * 5
 
 
 class _HypernetDrift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, embeddings0, gram0, weight, plan, activation, num_theta, *tensors):
+    def forward(ctx, embeddings, embeddings0, gram0, weight, plan, activation, precision, num_theta, *tensors):
         theta, theta0, pre0 = tensors[:num_theta], tensors[num_theta : 2 * num_theta], tensors[2 * num_theta :]
         value, grad_embeddings, grad_theta = _hypernet_drift_fwd(
-            theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation
+            theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation, precision
         )
         ctx.save_for_backward(grad_embeddings, *grad_theta)
         ctx.num_constants = num_theta + len(pre0)
@@ -95,7 +96,7 @@ class _HypernetDrift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad_embeddings, *grad_theta = (grad * gradient for gradient in ctx.saved_tensors)
-        return grad_embeddings, *[None] * 6, *grad_theta, *[None] * ctx.num_constants
+        return grad_embeddings, *[None] * 7, *grad_theta, *[None] * ctx.num_constants
 
 
 class _Generate(torch.autograd.Function):
@@ -135,7 +136,14 @@ class _AdamDelta(torch.autograd.Function):
 
 
 def output_drift(
-    dh: Tensor, basis: Tensor, h0: Tensor, basis0: Tensor, plan: Tensor, *, weight: Tensor | None = None
+    dh: Tensor,
+    basis: Tensor,
+    h0: Tensor,
+    basis0: Tensor,
+    plan: Tensor,
+    *,
+    weight: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """Weighted squared drift of the weights generated for past tasks, without generating them (DESIGN E2).
 
@@ -147,12 +155,14 @@ def output_drift(
         basis0: ``[S, H+1]`` the basis at the snapshot; not differentiated.
         plan:   ``[B, 7]`` int64 on the CPU, rectangles of real weights, from ``planner.drift_plan``.
         weight: ``[T]`` weight of each task; ``None`` means 1/T each, the mean over past tasks.
+        precision: of products of float32 matrices, ``"highest"``, ``"high"`` or ``"medium"``, as in
+                ``torch.set_float32_matmul_precision``: what is allowed, used where the CPU has tile units for bfloat16.
 
     Returns:
         Scalar ``[]``, never negative, dimensionless, in the dtype of ``dh`` (float32 for half types); 0 when ``T == 0``.
 
     Raises:
-        ValueError: shapes disagree.  TypeError: dtypes differ or are not floating point.
+        ValueError: shapes disagree, or unknown ``precision``.  TypeError: dtypes differ or are not floating point.
         RuntimeError: a rectangle leaves the grid.
 
     Value and gradients are made in the same call. Products are taken in the dtype of ``dh`` and their Gram matrices summed
@@ -169,7 +179,7 @@ def output_drift(
     if dh.dtype in HALF:
         dh, basis, h0, basis0 = (x.float() for x in (dh, basis, h0, basis0))
     weight = _task_weight("output_drift", weight, dh)
-    return _OutputDrift.apply(dh, basis, h0.detach(), basis0.detach(), weight, plan)
+    return _OutputDrift.apply(dh, basis, h0.detach(), basis0.detach(), weight, plan, _parts("output_drift", precision))
 
 
 def hypernet_drift(
@@ -183,6 +193,7 @@ def hypernet_drift(
     activation: int,
     weight: Tensor | None = None,
     gram0: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """``output_drift`` with the trunk before it: nothing of the size of all features is made (DESIGN E5).
 
@@ -191,24 +202,26 @@ def hypernet_drift(
         theta0:      the same at the snapshot; not differentiated.
         embeddings:  ``[T, E]`` of the past tasks.
         embeddings0: ``[T, E]`` at the snapshot; not differentiated.
-        pre0:        per trunk layer, pre-activations ``[T, N, o]`` at the snapshot.
+        pre0:        per trunk layer, pre-activations ``[T, N, o]`` at the snapshot; empty: they are made again each time.
         plan:        ``[B, 7]`` int64 on the CPU, rectangles of real weights, from ``planner.drift_plan``.
         activation:  code of an ``activations.Activation``.
         weight:      ``[T]`` weight of each task; ``None`` means 1/T each.
         gram0:       ``[B, H+1, H+1]`` float64, ``reference.gram0`` for this weight and plan, to spare its computation.
+        precision:   as in ``output_drift``.
 
     Returns:
         Scalar ``[]``, never negative, dimensionless, in the dtype of ``embeddings``; 0 when ``T == 0``.
 
     Raises:
-        ValueError: shapes disagree.  TypeError: dtypes differ, or are other than float32 and float64.
+        ValueError: shapes disagree, or unknown ``precision``.  TypeError: dtypes differ, or are other than float32 and float64.
         RuntimeError: a rectangle leaves the grid.
 
     The drift of the features is exact to rounding however small the step. Second derivatives raise.
     """
     checked = _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0)
     constants = [t.detach() for t in (*theta0, *pre0)]
-    return _HypernetDrift.apply(embeddings, embeddings0.detach(), *checked, plan, activation, len(theta), *theta, *constants)
+    settings = activation, _parts("hypernet_drift", precision), len(theta)
+    return _HypernetDrift.apply(embeddings, embeddings0.detach(), *checked, plan, *settings, *theta, *constants)
 
 
 @torch.no_grad()
@@ -223,6 +236,7 @@ def hypernet_drift_value_and_grad(
     activation: int,
     weight: Tensor | None = None,
     gram0: Tensor | None = None,
+    precision: str = "highest",
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """``hypernet_drift`` without a graph: its value, its gradients for ``theta`` and for ``embeddings``, made in one call.
 
@@ -230,7 +244,7 @@ def hypernet_drift_value_and_grad(
     """
     gram0, weight = _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0)
     value, grad_embeddings, grad_theta = _hypernet_drift_fwd(
-        theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation
+        theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation, _parts("hypernet_drift", precision)
     )
     return value, grad_theta, grad_embeddings
 
@@ -304,10 +318,11 @@ def adam_delta(
 
 def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0):
     """Raises as ``hypernet_drift`` says; returns gram0, empty where none is given, and the tasks' weights."""
-    op, num_layers = "hypernet_drift", len(pre0)
-    if len(theta) != 2 * num_layers + 2 or len(theta0) != len(theta):
-        message = f"{op}: {num_layers} layers need {2 * num_layers + 2} tensors in theta and theta0, got {len(theta)}"
-        raise ValueError(message if len(theta) != 2 * num_layers + 2 else f"{message} and {len(theta0)}")
+    op, num_layers = "hypernet_drift", len(theta) // 2 - 1
+    if len(theta) < 2 or len(theta) % 2 or len(theta0) != len(theta):
+        raise ValueError(f"{op}: theta and theta0 need 2 tensors and 2 per layer each, got {len(theta)} and {len(theta0)}")
+    if len(pre0) not in (0, num_layers):
+        raise ValueError(f"{op}: {num_layers} layers need as many pre-activations in pre0, or none, got {len(pre0)}")
     named = {"embeddings": embeddings, "embeddings0": embeddings0}
     named |= {f"theta[{i}]": p for i, p in enumerate(theta)} | {f"theta0[{i}]": p for i, p in enumerate(theta0)}
     named |= {f"pre0[{i}]": a for i, a in enumerate(pre0)} | ({} if weight is None else {"weight": weight})
@@ -319,12 +334,12 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
     _check_shape(op, "theta[0]", theta[0], ("N", "Z"))
     num_tasks, num_chunks = len(embeddings), len(theta[0])
     width = embeddings.shape[1] + theta[0].shape[1]
-    for i, a in enumerate(pre0):
-        weight_shape = (theta[2 * i + 1].shape[0], width)
-        _check_shape(op, f"theta[{2 * i + 1}]", theta[2 * i + 1], weight_shape)
-        width = weight_shape[0]
+    for i in range(num_layers):
+        _check_shape(op, f"theta[{2 * i + 1}]", theta[2 * i + 1], ("o", width))
+        width = theta[2 * i + 1].shape[0]
         _check_shape(op, f"theta[{2 * i + 2}]", theta[2 * i + 2], (width,))
-        _check_shape(op, f"pre0[{i}]", a, (num_tasks, num_chunks, width))
+        if pre0:
+            _check_shape(op, f"pre0[{i}]", pre0[i], (num_tasks, num_chunks, width))
     _check_shape(op, f"theta[{len(theta) - 1}]", theta[-1], ("S", width + 1))
     for i, p in enumerate(theta0):
         _check_shape(op, f"theta0[{i}]", p, theta[i].shape)
@@ -336,6 +351,12 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
         if gram0.dtype != torch.float64 or gram0.device != embeddings.device:
             raise TypeError(f"{op}: gram0 must be float64 on {embeddings.device}, got {gram0.dtype} on {gram0.device}")
     return gram0, _task_weight(op, weight, embeddings)
+
+
+def _parts(op: str, precision: str) -> int:
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]
 
 
 def _check_plan(op: str, plan: Tensor) -> None:

@@ -21,12 +21,19 @@ DIRECT_TILE = 1 << 20  # elements of the residual that the direct form holds at 
 
 
 def output_drift_fwd(
-    dh_TNH: Tensor, basis_SK: Tensor, h0_TNH: Tensor, basis0_SK: Tensor, weight_T: Tensor, plan: Tensor
+    dh_TNH: Tensor,
+    basis_SK: Tensor,
+    h0_TNH: Tensor,
+    basis0_SK: Tensor,
+    weight_T: Tensor,
+    plan: Tensor,
+    precision: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value of the drift and its gradients for the (drift of the) features and the basis, rectangle by rectangle (E2).
 
     The residual of a rectangle is one thin product: D = X Y', X = [dH | H* | 1], Y = [V_H | dV]. With W the task weights:
     |D|^2 = <X'WX, Y'Y>,  d/dH = 2 W D V_H = 2 WX (Y'V_H),  d/dV = 2 D'W Ha = 2 Y (X'W Ha),  Ha = [H | 1].
+    A lower ``precision`` is leave that is not taken here.
     """
     num_tasks, num_chunks, width = dh_TNH.shape
     value = torch.zeros((), dtype=torch.float64, device=dh_TNH.device)
@@ -58,11 +65,13 @@ def hypernet_drift_fwd(
     weight_T: Tensor,
     plan: Tensor,
     activation: int,
+    precision: int = 3,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Value of the drift and its gradients for the task embeddings and all of theta, trunk included (E2 behind E5).
 
     A difference goes through the trunk, da = W dx + dW x0 + db and dx = act(a0 + da) - act(a0), so that a small step keeps
-    its digits. ``gram0_BKK`` only spares kernels work; it is not read here.
+    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work; it is
+    not read here.
     """
     (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
     split, act = [embeddings_TE.shape[1]], BY_CODE[activation]
@@ -70,8 +79,9 @@ def hypernet_drift_fwd(
     now, slopes = [], []  # inputs of the second layer and on, slopes of each layer's activation
     if not layers:
         dx, x0 = _pairs(de_TE, dz_NZ), _pairs(embeddings0_TE, z0_NZ)
-    for i, a0 in enumerate(pre0):
+    for i in range(len(layers) // 2):
         weight_OI, bias_O, weight0_OI, bias0_O = *layers[2 * i : 2 * i + 2], *layers0[2 * i : 2 * i + 2]
+        a0 = pre0[i] if pre0 else F.linear(x0 if i else _pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
         if i == 0:
             (we, wz), (we0, wz0) = weight_OI.tensor_split(split, 1), weight0_OI.tensor_split(split, 1)
             da_e = _linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)
@@ -88,7 +98,7 @@ def hypernet_drift_fwd(
     grads: list[Tensor] = [grad_basis_SK]
     if not layers:
         grad_e_TE, grad_z_NZ = grad[..., : split[0]].sum(1), grad[..., split[0] :].sum(0)
-    for i in reversed(range(len(pre0))):
+    for i in reversed(range(len(layers) // 2)):
         weight_OI, grad = layers[2 * i], grad * slopes[i]
         if i == 0:
             grad_t, grad_n = grad.sum(1), grad.sum(0)

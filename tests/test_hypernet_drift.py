@@ -163,7 +163,7 @@ def test_hypernet_drift_repeats_and_does_not_depend_on_the_number_of_threads():
 def test_hypernet_drift_names_what_is_wrong():
     args = arguments(SHAPES["two-layers"], ACTIVATIONS["elu"])
     for changed, error, message in (
-        ({"theta": args["theta"][1:]}, ValueError, "2 layers need 6 tensors in theta and theta0, got 5"),
+        ({"theta": args["theta"][1:]}, ValueError, "need 2 tensors and 2 per layer each, got 5"),
         ({"embeddings": args["embeddings"][:2]}, ValueError, r"embeddings0 must have shape \[2, 3\], got \[3, 3\]"),
         (
             {"pre0": [args["pre0"][0], args["pre0"][0]]},

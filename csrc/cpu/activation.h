@@ -17,9 +17,10 @@ inline void unary_out(const char* op, const Tensor& in, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// x0 and dx of a row lie ``stride`` apart from those of the next: they are columns of [dx | x0 | 1]. All else is dense.
+// x0 and dx of a row lie ``stride`` apart from those of the next: they are columns of [dx | x0 | 1]. All else is dense, but for
+// relu, where da may be a block of a product and a0 and slope the columns of theirs.
 struct Shape {
-  int64_t rows, width, stride;
+  int64_t rows, width, stride, da_stride, a0_stride;
   int64_t size() const { return rows * width; }
 };
 
@@ -35,7 +36,7 @@ FASTHYPER_VECTOR_CLONES void relu_drift(Shape shape, const scalar_t* __restrict_
       dx[i] = d;
       slope[i] = d > -above ? scalar_t(1) : scalar_t(0);
     }
-    a0 += shape.width, da += shape.width, slope += shape.width;
+    a0 += shape.a0_stride, da += shape.da_stride, slope += shape.a0_stride;
   }
 }
 
@@ -101,7 +102,7 @@ FASTHYPER_VECTOR_CLONES void tanh_drift(Shape shape, const scalar_t* __restrict_
 template <typename scalar_t>
 void activation_drift(Activation activation, int64_t num_rows, int64_t width, const scalar_t* a0, const scalar_t* da,
                       scalar_t* x, scalar_t* slope, const Tensor& scratch) {
-  const Shape shape{num_rows, width, 2 * width + 1};
+  const Shape shape{num_rows, width, 2 * width + 1, width, width};
   const int64_t size = shape.size();
   scalar_t *dx = x, *x0 = x + width, *t = data<scalar_t>(scratch), *u = t + size, *v = u + size;
   for (int64_t r = 0; r < num_rows; ++r) x[r * shape.stride + 2 * width] = 1;

@@ -11,14 +11,13 @@
 #include <numeric>
 #include <vector>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace fasthyper {
 
 constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
 constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
 constexpr int64_t kGramGrain = 1 << 14;           // elements of a Gram matrix below which a second thread does not pay
-constexpr int64_t kGramBlock = 88;                // narrowest block of a symmetric product that is not computed twice
 
 struct Rectangle {
   int64_t task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi;
@@ -44,40 +43,64 @@ inline std::vector<Rectangle> read_plan(const Tensor& plan, int64_t num_tasks, i
   return rectangles;
 }
 
+// to = (adds: to +) weight of the row * slope * block; without a slope, 1 of it. The slopes lie as ``to`` does.
+template <typename scalar_t, bool adds>
+FASTHYPER_VECTOR_CLONES void put_weighed(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ weight,
+                                         const scalar_t* __restrict__ block, int64_t stride,
+                                         const scalar_t* __restrict__ slope, scalar_t* __restrict__ to, int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride) {
+    const scalar_t w = weight[i];
+    if (slope) {
+      for (int64_t j = 0; j < num_cols; ++j) to[j] = (adds ? to[j] : 0) + w * block[j] * slope[j];
+      slope += to_stride;
+    } else {
+      for (int64_t j = 0; j < num_cols; ++j) to[j] = (adds ? to[j] : 0) + w * block[j];
+    }
+  }
+}
+
 template <typename scalar_t>
 class Drift {
  public:
-  using Gram = std::vector<double>;  // M x M; small products are summed in float64
-
-  // gram0: [B, K, K] float64, H*'WH* of each rectangle, or empty: then it is computed
+  // gram0: [B, K, K] float64, H*'WH* of each rectangle, or empty: then it is computed. parts: see tile_parts
   Drift(const Tensor& basis, const Tensor& basis0, const Tensor& weight, const Tensor& gram0, const Tensor& plan,
-        int64_t num_tasks, int64_t num_chunks, const Tensor& grad_basis)
+        int64_t num_tasks, int64_t num_chunks, const Tensor& grad_basis, int64_t parts)
       : basis_tensor_(basis),
         grad_basis_tensor_(grad_basis),
         num_chunks_(num_chunks),
         width_(basis.size(1) - 1),
         full_(2 * width_ + 1),
+        parts_(parts),
         basis_(const_data<scalar_t>(basis)),
         basis0_(const_data<scalar_t>(basis0)),
         weight_(const_data<scalar_t>(weight)),
         gram0_(gram0.size(0) > 0 ? const_data<double>(gram0) : nullptr),
         rectangles_(read_plan(plan, num_tasks, num_chunks, basis.size(0))) {}
 
-  // What one thread of the row pass needs.
+  // What one thread of the row pass needs; tile: the most rows at a time.
   struct Worker {
-    Worker(const Drift& drift, int64_t tile)
-        : wx(drift.make({tile, drift.full_})),
-          out(drift.make({tile, drift.width_})),
-          product(drift.make({drift.full_ * drift.full_})),
-          grams(drift.rectangles_.size()),
-          picked(tile) {}
+    Worker(const Drift& drift, int64_t tile) : picked(tile), weight(tile), y_factor(drift.parts_), ha_factor(drift.parts_) {
+      for (size_t b = 0; b < drift.rectangles_.size(); ++b)
+        grams.emplace_back(drift.parts_, drift.width_, drift.width_ + 1, drift.gram0_ != nullptr);
+    }
 
-    Tensor wx, out, product;
-    Tensor x, y, d, ha, out_basis, grad_basis;  // made when first needed
-    std::vector<Gram> grams;
-    std::vector<int64_t> picked;  // rows of the tile that lie in a rectangle
+    Workspace space;
+    std::vector<GramSum<scalar_t>> grams;  // X'WX of each rectangle
+    std::vector<int64_t> picked;           // rows of the tile that lie in a rectangle
+    std::vector<scalar_t> weight;          // of the rows, 0 where a row is not picked; or of the picked rows
+    Memory x, y, d, ha;
+    RightFactor<scalar_t> y_factor, ha_factor;
+    Tensor grad_basis;  // of the direct form; made when first needed
     double direct_value = 0;
   };
+
+  // Rows [dH | H* | 1] that lie one after the other
+  Pair<scalar_t> rows_of(const scalar_t* x, int64_t num_rows) const {
+    return {x, x + width_, nullptr, num_rows, width_, width_ + 1, full_};
+  }
+
+  // Rows of a tile that suit the machine
+  int64_t row_tile() const { return parts_ ? 256 : 1024; }
 
   // First pass over the columns.
   void columns() {
@@ -88,55 +111,54 @@ class Drift {
     cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
     for (size_t i = 0; i + 1 < cuts.size(); ++i) segments_.push_back(make_segment(cuts[i], cuts[i + 1]));
     for (const Rectangle& r : rectangles_) {
-      to_h_.push_back(r.direct ? Tensor() : make({full_, width_}));  // 2 Y'V_H
+      to_h_.emplace_back(parts_);
+      to_h_data_.push_back(r.direct ? Tensor() : make({full_, width_}));  // 2 Y'V_H
       if (r.direct) continue;
-      scalar_t* to_h = data<scalar_t>(to_h_.back());
+      scalar_t* to_h = data<scalar_t>(to_h_data_.back());
       for_gram_rows([&](int64_t i) {
         std::fill_n(to_h + i * width_, width_, scalar_t(0));
         for (const Segment& s : segments_)
           if (covers(r, s))
-            for (int64_t j = 0; j < width_; ++j) to_h[i * width_ + j] += scalar_t(2 * s.gram[i * full_ + j]);
+            for (int64_t j = 0; j < width_; ++j) to_h[i * width_ + j] += scalar_t(2 * s.gram.template data<double>()[i * full_ + j]);
       });
+      to_h_.back().pack(dense<const scalar_t>(to_h, full_, width_), width_);
     }
   }
 
   // A tile of rows first, first + 1, ..., row = task * num_chunks + chunk: adds to the worker's sums and sets the gradient
-  // of their features, grad [rows, H]. x = [dH | H* | 1] of the rows.
-  void rows(Worker& worker, int64_t first, const Tensor& x, const Tensor& grad) const {
+  // of their features, grad [rows, H], times slope [rows, H] where that is not null. x = [dH | H* | 1] of the rows.
+  void rows(Worker& worker, int64_t first, Pair<scalar_t> x, const scalar_t* slope, scalar_t* grad) const {
     bool is_set = false;
     for (size_t b = 0; b < rectangles_.size(); ++b) {
       const Rectangle& r = rectangles_[b];
-      const int64_t count = pick(r, first, x.size(0), worker.picked.data());
+      const int64_t count = pick(r, first, x.num_rows, worker.picked.data());
       if (count == 0 || r.num_cols() == 0) continue;
-      if (!r.direct && 4 * count > 3 * x.size(0)) {  // most rows: the others get weight 0, and nothing is moved
-        weigh(worker, first, x, count);
-        add_gram(worker, b, fasthyper::rows(worker.wx, 0, x.size(0)), x);
-        mm_out(is_set ? fasthyper::rows(worker.out, 0, x.size(0)) : grad, fasthyper::rows(worker.wx, 0, x.size(0)),
-               to_h_[b]);
-        if (is_set) add(grad.numel(), const_data<scalar_t>(worker.out), data<scalar_t>(grad));
-        is_set = true;
-        continue;
-      }
-      if (!is_set) std::fill_n(data<scalar_t>(grad), grad.numel(), scalar_t(0));
+      const bool most = !r.direct && 4 * count > 3 * x.num_rows;  // then the others get weight 0, and nothing is moved
+      if (!is_set && !most) std::fill_n(grad, x.num_rows * width_, scalar_t(0));
+      if (most)
+        weighed_rows(worker, b, first, x, count, is_set, slope, grad);
+      else if (r.direct)
+        direct_rows(worker, r, first, gather(worker, x, count), slope, grad);
+      else
+        gathered_rows(worker, b, first, gather(worker, x, count), slope, grad);
       is_set = true;
-      gather(worker, first, x, count);
-      const Tensor picked = fasthyper::rows(worker.x, 0, count), weighed = fasthyper::rows(worker.wx, 0, count);
-      if (r.direct) {
-        direct_rows(worker, r, first, picked, grad);
-      } else {
-        add_gram(worker, b, weighed, picked);
-        mm_out(fasthyper::rows(worker.out, 0, count), weighed, to_h_[b]);
-        scatter(worker, count, grad);
-      }
     }
-    if (!is_set) std::fill_n(data<scalar_t>(grad), grad.numel(), scalar_t(0));
+    if (!is_set) std::fill_n(grad, x.num_rows * width_, scalar_t(0));
   }
 
-  // Second pass over the columns; returns the value.
-  double finish(const std::vector<const Worker*>& workers) {
+  // Second pass over the columns, which sets the basis's gradient; returns the value.
+  double finish(const std::vector<Worker*>& workers) {
     double value = 0;
-    std::vector<Gram> row_grams;
-    for (size_t b = 0; b < rectangles_.size(); ++b) row_grams.push_back(total_gram(workers, b));
+    zero_between_segments();
+    for_each(workers, [](Worker& worker) {
+      for (GramSum<scalar_t>& gram : worker.grams) gram.finish(worker.space);
+    });
+    std::vector<Memory> row_grams(rectangles_.size());  // empty where no worker met the rectangle, or where it is direct
+    for (size_t b = 0; b < rectangles_.size(); ++b) {
+      std::vector<const double*> sums;
+      for (Worker* worker : workers) sums.push_back(worker->grams[b].sum());
+      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams[b]);
+    }
     const Tensor to_basis = make({full_, width_ + 1});  // 2 X'W Ha = 2 (X'W [H* | 1] + X'W [dH | 0]), over all rectangles
     std::vector<double> value_of_row(full_);
     for (const Segment& s : segments_) {
@@ -145,17 +167,20 @@ class Drift {
         std::fill_n(sum, width_ + 1, scalar_t(0));
         value_of_row[i] = 0;
         for (size_t b = 0; b < rectangles_.size(); ++b) {
-          if (row_grams[b].empty() || !covers(rectangles_[b], s)) continue;
-          const double* gram = row_grams[b].data() + i * full_;
+          const double* gram = row_grams[b].template data<double>();
+          if (!gram || !covers(rectangles_[b], s)) continue;
+          gram += i * full_;
           for (int64_t j = 0; j < width_; ++j) sum[j] += scalar_t(2 * (gram[width_ + j] + gram[j]));
           sum[width_] += scalar_t(2 * gram[2 * width_]);
-          value_of_row[i] += dot(full_, gram, s.gram.data() + i * full_);
+          value_of_row[i] += dot(full_, gram, s.gram.template data<double>() + i * full_);
         }
       });
       value = std::accumulate(value_of_row.begin(), value_of_row.end(), value);
-      for_column_tiles(s.lo, s.hi, [&](Scratch& scratch, int64_t lo, int64_t length) {
-        pack_columns(lo, length, data<scalar_t>(scratch.y));
-        mm_out(fasthyper::rows(grad_basis_tensor_, lo, length), fasthyper::rows(scratch.y, 0, length), to_basis);
+      RightFactor<scalar_t> factor(parts_);
+      factor.pack(dense<scalar_t>(to_basis), width_);
+      for_column_tiles(s.lo, s.hi, [&](ColumnWorker& worker, int64_t lo, Pair<scalar_t> y) {
+        scalar_t* grad = data<scalar_t>(grad_basis_tensor_) + lo * (width_ + 1);
+        factor.multiply_into(y, worker.space, dense(grad, y.num_rows, width_ + 1));
       });
     }
     for (const Worker* worker : workers) {
@@ -169,106 +194,151 @@ class Drift {
  private:
   struct Segment {
     int64_t lo, hi;
-    Gram gram;
+    Memory gram;  // Y'Y, [M, M] float64
   };
-  struct Scratch {
-    Tensor y, product;
-    Gram gram;
+  struct ColumnWorker {
+    explicit ColumnWorker(const Drift& drift) : gram(drift.parts_, drift.width_, drift.width_ + 1, false) {}
+
+    Workspace space;
+    GramSum<scalar_t> gram;
   };
 
   static bool covers(const Rectangle& r, const Segment& s) { return r.col_lo <= s.lo && s.hi <= r.col_hi; }
 
   Segment make_segment(int64_t lo, int64_t hi) {
-    Segment segment{lo, hi, Gram(full_ * full_, 0.0)};
-    for (const Scratch& scratch : for_column_tiles(lo, hi, [&](Scratch& scratch, int64_t start, int64_t length) {
-           pack_columns(start, length, data<scalar_t>(scratch.y));
-           const Tensor y = fasthyper::rows(scratch.y, 0, length);
-           add_symmetric(scratch.gram, scratch.product, y, y, full_);
-         }))
-      accumulate(full_ * full_, scratch.gram.data(), segment.gram.data());
-    mirror(segment.gram);
+    std::vector<ColumnWorker> workers = for_column_tiles(
+        lo, hi, [&](ColumnWorker& worker, int64_t, Pair<scalar_t> y) { worker.gram.add(y, nullptr, worker.space); });
+    std::vector<ColumnWorker*> pointers;
+    for (ColumnWorker& worker : workers) pointers.push_back(&worker);
+    for_each(pointers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); });
+    std::vector<const double*> sums;
+    for (const ColumnWorker& worker : workers) sums.push_back(worker.gram.sum());
+    Segment segment{lo, hi, Memory()};
+    total(sums, nullptr, segment.gram);
     return segment;
   }
 
-  void add_gram(Worker& worker, size_t b, const Tensor& wx, const Tensor& x) const {
-    if (worker.grams[b].empty()) worker.grams[b].assign(full_ * full_, 0.0);
-    add_symmetric(worker.grams[b], worker.product, wx, x, gram0_ ? width_ : full_);
+  // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole. Of some it may be
+  // null; of all, then nothing is made.
+  void total(const std::vector<const double*>& sums, const double* gram0, Memory& memory) const {
+    if (std::all_of(sums.begin(), sums.end(), [](const double* sum) { return sum == nullptr; })) return;
+    double* gram = memory.get<double>(full_ * full_);
+    for_gram_rows([&](int64_t i) {
+      double* to = gram + i * full_;
+      if (gram0 && i >= width_) {
+        std::copy_n(gram0 + (i - width_) * (width_ + 1) + i - width_, full_ - i, to + i);
+        return;
+      }
+      bool is_set = false;
+      for (const double* sum : sums) {
+        if (!sum) continue;
+        if (is_set)
+          accumulate(full_ - i, sum + i * full_ + i, to + i);
+        else
+          std::copy_n(sum + i * full_ + i, full_ - i, to + i);
+        is_set = true;
+      }
+    });
+    constexpr int64_t kBlock = 32;  // both sides of the diagonal stay in cache
+    torch::stable::parallel_for(0, (full_ + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t lo = begin * kBlock; lo < std::min(full_, end * kBlock); lo += kBlock)
+        for (int64_t j = 0; j < std::min(full_, lo + kBlock); ++j)
+          for (int64_t i = std::max(lo, j + 1); i < std::min(full_, lo + kBlock); ++i) gram[i * full_ + j] = gram[j * full_ + i];
+    });
   }
 
-  void direct_rows(Worker& worker, const Rectangle& r, int64_t first, const Tensor& x, const Tensor& grad) const {
-    const int64_t with_bias = width_ + 1, count = x.size(0), tile = worker.wx.size(0);
-    if (!worker.d.defined()) {
-      worker.y = make({kDirectColumns, full_});
-      worker.d = make({tile * kDirectColumns});
-      worker.ha = make({tile, with_bias});
-      worker.out_basis = make({kDirectColumns, with_bias});
-      worker.grad_basis = torch::stable::new_zeros(basis_tensor_, basis_tensor_.sizes());
+  void zero_between_segments() const {
+    scalar_t* grad = data<scalar_t>(grad_basis_tensor_);
+    const int64_t with_bias = width_ + 1;
+    int64_t reached = 0;
+    for (const Segment& s : segments_) {
+      std::fill(grad + reached * with_bias, grad + s.lo * with_bias, scalar_t(0));
+      reached = s.hi;
     }
-    const scalar_t* x_row = const_data<scalar_t>(x);
-    scalar_t* ha = data<scalar_t>(worker.ha);
-    for (int64_t i = 0; i < count; ++i, x_row += full_, ha += with_bias) {
-      for (int64_t j = 0; j < width_; ++j) ha[j] = x_row[j] + x_row[width_ + j];
-      ha[width_] = 1;
+    std::fill(grad + reached * with_bias, grad + grad_basis_tensor_.numel(), scalar_t(0));
+  }
+
+  // The whole tile, with weight 0 for the rows that are not in the rectangle
+  void weighed_rows(Worker& worker, size_t b, int64_t first, Pair<scalar_t> x, int64_t count, bool is_set,
+                    const scalar_t* slope, scalar_t* grad) const {
+    scalar_t* weight = worker.weight.data();
+    std::fill_n(weight, x.num_rows, scalar_t(0));
+    for (int64_t i = 0; i < count; ++i) weight[worker.picked[i]] = task_weight(first + worker.picked[i]);
+    worker.grams[b].add(x, weight, worker.space);
+    to_h_[b].multiply(x, worker.space,
+                      [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                        const auto put = is_set ? put_weighed<scalar_t, true> : put_weighed<scalar_t, false>;
+                        const int64_t at = i * width_ + j;
+                        put(m, n, weight + i, block, stride, slope ? slope + at : nullptr, grad + at, width_);
+                      });
+  }
+
+  // Picked rows only, x holds one after the other
+  void gathered_rows(Worker& worker, size_t b, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
+                     scalar_t* grad) const {
+    for (int64_t i = 0; i < x.num_rows; ++i) worker.weight[i] = task_weight(first + worker.picked[i]);
+    worker.grams[b].add(x, worker.weight.data(), worker.space);
+    to_h_[b].multiply(x, worker.space,
+                      [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                        add_picked(worker, i, j, m, n, block, stride, slope, grad);
+                      });
+  }
+
+  void add_picked(const Worker& worker, int64_t i, int64_t j, int64_t num_rows, int64_t num_cols, const scalar_t* block,
+                  int64_t stride, const scalar_t* slope, scalar_t* grad) const {
+    for (int64_t k = i; k < i + num_rows; ++k, block += stride) {
+      const int64_t at = worker.picked[k] * width_ + j;
+      put_weighed<scalar_t, true>(1, num_cols, &worker.weight[k], block, stride, slope ? slope + at : nullptr, grad + at,
+                                  width_);
     }
+  }
+
+  // Picked rows too: tiles of D are made, squared, contracted and dropped
+  void direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
+                   scalar_t* grad) const {
+    const int64_t with_bias = width_ + 1, count = x.num_rows;
+    if (!worker.grad_basis.defined()) worker.grad_basis = torch::stable::new_zeros(basis_tensor_, basis_tensor_.sizes());
+    const Matrix<scalar_t> ha = dense(worker.ha.template get<scalar_t>(count * with_bias), count, with_bias);
+    for (int64_t i = 0; i < count; ++i) {
+      const scalar_t* row = x.first + i * full_;
+      for (int64_t j = 0; j < width_; ++j) ha.data[i * with_bias + j] = row[j] + row[width_ + j];
+      ha.data[i * with_bias + width_] = 1;
+    }
+    worker.ha_factor.pack(ha);
     for (int64_t lo = r.col_lo; lo < r.col_hi; lo += kDirectColumns) {
       const int64_t num_cols = std::min(kDirectColumns, r.col_hi - lo);
-      const Tensor y = fasthyper::rows(worker.y, 0, num_cols);
-      pack_columns(lo, num_cols, data<scalar_t>(y));
-      const Tensor d = matrix(worker.d, count, num_cols);
-      mm_out(d, x, transposed(y));
-      scalar_t* residual = data<scalar_t>(d);
-      for (int64_t i = 0; i < count; ++i, residual += num_cols) {
+      const Matrix<const scalar_t> y = as_matrix(columns_of(lo, num_cols), worker.y);
+      const Matrix<scalar_t> d = dense(worker.d.template get<scalar_t>(count * num_cols), count, num_cols);
+      worker.y_factor.pack(y.transposed());
+      worker.y_factor.multiply_into(as_matrix(x, worker.space.pair), worker.space, d);
+      for (int64_t i = 0; i < count; ++i) {
+        scalar_t* residual = d.data + i * num_cols;
         const scalar_t w = task_weight(first + worker.picked[i]);
         double square = 0;
         for (int64_t j = 0; j < num_cols; ++j) square += double(residual[j]) * residual[j];
         for (int64_t j = 0; j < num_cols; ++j) residual[j] *= 2 * w;
         worker.direct_value += double(w) * square;
+        worker.weight[i] = 1;  // the residual has it
       }
-      mm_out(fasthyper::rows(worker.out, 0, count), d, cols(y, 0, width_));
-      scatter(worker, count, grad);
-      mm_out(fasthyper::rows(worker.out_basis, 0, num_cols), transposed(d), fasthyper::rows(worker.ha, 0, count));
-      add(num_cols * with_bias, const_data<scalar_t>(worker.out_basis), data<scalar_t>(worker.grad_basis) + lo * with_bias);
+      worker.y_factor.pack(y.cols(0, width_));
+      worker.y_factor.multiply(d, worker.space,
+                               [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                 add_picked(worker, i, j, m, n, block, stride, slope, grad);
+                               });
+      scalar_t* to_basis = data<scalar_t>(worker.grad_basis) + lo * with_bias;
+      worker.ha_factor.multiply(d.transposed(), worker.space,
+                                [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                  add_block(m, n, block, stride, to_basis + i * with_bias + j, with_bias);
+                                });
     }
   }
 
-  // gram[:height, :] += (left'right)[:height, :] where left = W right, block row by block row: nothing below the diagonal
-  void add_symmetric(Gram& gram, const Tensor& product, const Tensor& left, const Tensor& right, int64_t height) const {
-    const int64_t num_blocks = std::max<int64_t>(1, height / kGramBlock);
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t start = height * block / num_blocks, stop = height * (block + 1) / num_blocks;
-      const Tensor out = matrix(product, stop - start, full_ - start);
-      mm_out(out, transposed(cols(left, start, stop - start)), cols(right, start, full_ - start));
-      const scalar_t* from = const_data<scalar_t>(out);
-      for (int64_t i = start; i < stop; ++i, from += full_ - start)
-        accumulate(full_ - start, from, gram.data() + i * full_ + start);
-    }
-  }
-
-  // What lies below the diagonal; within a diagonal block both triangles were computed, and are made the same
-  void mirror(Gram& gram) const {
-    constexpr int64_t kBlock = 32;  // both sides of the diagonal stay in cache
-    for (int64_t lo = 0; lo < full_; lo += kBlock)
-      for (int64_t j = 0; j < std::min(full_, lo + kBlock); ++j)
-        for (int64_t i = std::max(lo, j + 1); i < std::min(full_, lo + kBlock); ++i)
-          gram[i * full_ + j] = gram[j * full_ + i];
-  }
-
-  // Empty where no worker met the rectangle, or where it is direct
-  Gram total_gram(const std::vector<const Worker*>& workers, size_t b) const {
-    Gram total;
-    const int64_t with_bias = width_ + 1;
-    for (const Worker* worker : workers)
-      if (!worker->grams[b].empty()) total.resize(full_ * full_);
-    if (total.empty()) return total;
-    for_gram_rows([&](int64_t i) {
-      for (const Worker* worker : workers)
-        if (!worker->grams[b].empty())
-          accumulate(full_ - i, worker->grams[b].data() + i * full_ + i, total.data() + i * full_ + i);
-      if (gram0_ && i >= width_)
-        std::copy_n(gram0_ + (b * with_bias + i - width_) * with_bias + i - width_, full_ - i, total.data() + i * full_ + i);
+  template <typename Item, typename Body>
+  static void for_each(const std::vector<Item*>& items, const Body& body) {
+    torch::stable::parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
+      NoGrad no_grad;
+      for (int64_t i = begin; i < end; ++i) body(*items[i]);
     });
-    mirror(total);
-    return total;
   }
 
   template <typename Body>
@@ -288,62 +358,40 @@ class Drift {
     return count;
   }
 
-  // wx = W x, with weight 0 for rows that were not picked
-  void weigh(Worker& worker, int64_t first, const Tensor& x, int64_t count) const {
-    const scalar_t* from = const_data<scalar_t>(x);
-    scalar_t* to = data<scalar_t>(worker.wx);
-    const int64_t* next = worker.picked.data();
-    const int64_t* const end = next + count;
-    for (int64_t i = 0; i < x.size(0); ++i, from += full_, to += full_) {
-      const bool is_picked = next != end && *next == i;
-      if (is_picked) ++next;
-      scale(full_, is_picked ? task_weight(first + i) : scalar_t(0), from, to);
-    }
-  }
-
-  // x and wx of the picked rows, one after the other
-  void gather(Worker& worker, int64_t first, const Tensor& x, int64_t count) const {
-    if (!worker.x.defined()) worker.x = make({worker.wx.size(0), full_});
-    for (int64_t i = 0; i < count; ++i) {
-      const scalar_t* from = const_data<scalar_t>(x) + worker.picked[i] * full_;
-      std::copy_n(from, full_, data<scalar_t>(worker.x) + i * full_);
-      scale(full_, task_weight(first + worker.picked[i]), from, data<scalar_t>(worker.wx) + i * full_);
-    }
-  }
-
-  void scatter(const Worker& worker, int64_t count, const Tensor& grad) const {
-    for (int64_t i = 0; i < count; ++i)
-      add(width_, const_data<scalar_t>(worker.out) + i * width_, data<scalar_t>(grad) + worker.picked[i] * width_);
+  Pair<scalar_t> gather(Worker& worker, Pair<scalar_t> x, int64_t count) const {
+    scalar_t* to = worker.x.template get<scalar_t>(count * full_);
+    for (int64_t i = 0; i < count; ++i) std::copy_n(x.first + worker.picked[i] * x.stride, full_, to + i * full_);
+    return rows_of(to, count);
   }
 
   // y = [V_H | dV] for columns [lo, lo + length)
-  void pack_columns(int64_t lo, int64_t length, scalar_t* y) const {
-    const int64_t with_bias = width_ + 1;
-    const scalar_t *now = basis_ + lo * with_bias, *star = basis0_ + lo * with_bias;
-    for (int64_t i = 0; i < length; ++i, y += full_, now += with_bias, star += with_bias) {
-      std::copy(now, now + width_, y);
-      for (int64_t j = 0; j < with_bias; ++j) y[width_ + j] = now[j] - star[j];
-    }
+  Pair<scalar_t> columns_of(int64_t lo, int64_t length) const {
+    const scalar_t* now = basis_ + lo * (width_ + 1);
+    return {now, now, basis0_ + lo * (width_ + 1), length, width_, width_ + 1, width_ + 1};
   }
 
+  // Runs body(worker, lo, y) over tiles of the columns [lo, hi)
   template <typename Body>
-  std::vector<Scratch> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
-    const int64_t tile = std::min(hi - lo, std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096));
-    return for_tiles<Scratch>(
-        hi - lo, tile, [&] { return Scratch{make({tile, full_}), make({full_ * full_}), Gram(full_ * full_, 0.0)}; },
-        [&](Scratch& scratch, int64_t start, int64_t length) { body(scratch, lo + start, length); });
+  std::vector<ColumnWorker> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
+    const int64_t tile = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
+    return for_tiles<ColumnWorker>(
+        hi - lo, tile, [&] { return ColumnWorker(*this); },
+        [&](ColumnWorker& worker, int64_t start, int64_t length) {
+          body(worker, lo + start, columns_of(lo + start, length));
+        });
   }
 
   scalar_t task_weight(int64_t row) const { return weight_[row / num_chunks_]; }
   Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_tensor_, size); }
 
   const Tensor basis_tensor_, grad_basis_tensor_;
-  const int64_t num_chunks_, width_, full_;
+  const int64_t num_chunks_, width_, full_, parts_;
   const scalar_t *basis_, *basis0_, *weight_;
   const double* gram0_;
   const std::vector<Rectangle> rectangles_;
   std::vector<Segment> segments_;
-  std::vector<Tensor> to_h_;
+  std::vector<Tensor> to_h_data_;
+  std::vector<RightFactor<scalar_t>> to_h_;
 };
 
 }  // namespace fasthyper

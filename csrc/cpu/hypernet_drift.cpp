@@ -8,21 +8,52 @@
 namespace fasthyper {
 namespace {
 
-constexpr int64_t kRowTile = 1024;
-
-// Between layers a tile of rows is x = [dx | x0 | 1], and the next da = x [W | W - W0 | b - b0]': one product.
+// Between layers a tile of rows is x = [dx | x0 | 1], and the next da = x [W | W - W0 | b - b0]': one product. Where the
+// snapshot's pre-activations a0 are not given they are made again, a0 = [x0 | 1] [W0 | b0]'.
+template <typename scalar_t>
 struct Layer {
-  Tensor weight;  // [o, i]
-  Tensor step;    // [2 i + 1, o], what x is multiplied by
-  Tensor a0;      // [T, N, o] pre-activations at the snapshot
-  int64_t width;  // o
+  Tensor weight;     // [o, i]
+  Tensor step;       // [2 i + 1, o], what x is multiplied by
+  Tensor step0;      // [i + 1, o], what [x0 | 1] is multiplied by, where a0 is not given
+  const scalar_t* a0;  // [T, N, o] or null
+  int64_t width;     // o
+  RightFactor<scalar_t> by_step, by_step0, by_weight;
 };
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void multiply_blocks(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
+                                             int64_t stride, const scalar_t* __restrict__ factor, scalar_t* __restrict__ to,
+                                             int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, factor += to_stride, to += to_stride)
+    for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j] * factor[j];
+}
+
+// In place of dx, x0 + dx
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void add_drift(int64_t num_rows, int64_t width, scalar_t* __restrict__ x) {
+  for (int64_t i = 0; i < num_rows; ++i, x += 2 * width + 1)
+    for (int64_t j = 0; j < width; ++j) x[j] += x[width + j];
+}
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void sum_of(int64_t size, const scalar_t* __restrict__ a, const scalar_t* __restrict__ b,
+                                    scalar_t* __restrict__ to) {
+  for (int64_t i = 0; i < size; ++i) to[i] = a[i] + b[i];
+}
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void add_rows(int64_t num_rows, int64_t width, const scalar_t* __restrict__ from,
+                                      scalar_t* __restrict__ to) {
+  for (int64_t i = 0; i < num_rows; ++i, from += width)
+    for (int64_t j = 0; j < width; ++j) to[j] += from[j];
+}
 
 template <typename scalar_t>
 class HypernetDrift {
  public:
   HypernetDrift(const std::vector<Tensor>& theta, const std::vector<Tensor>& theta0, const Tensor& embeddings,
-                const Tensor& embeddings0, const std::vector<Tensor>& pre0, Activation activation, Drift<scalar_t>& drift)
+                const Tensor& embeddings0, const std::vector<Tensor>& pre0, Activation activation, Drift<scalar_t>& drift,
+                int64_t parts)
       : embeddings_(embeddings),
         chunks_(theta[0]),
         num_tasks_(embeddings.size(0)),
@@ -30,16 +61,31 @@ class HypernetDrift {
         task_dim_(embeddings.size(1)),
         chunk_dim_(chunks_.size(1)),
         width_(theta.back().size(1) - 1),
+        parts_(parts),
         widest_(width_),
         activation_(activation),
         drift_(drift),
         task_x_(pair(embeddings, embeddings0)),
         chunk_x_(pair(chunks_, theta0[0])) {
-    for (size_t l = 0; l < pre0.size(); ++l) {
+    for (size_t l = 0; 2 * l + 2 < theta.size(); ++l) {
       const Tensor &weight = theta[2 * l + 1], &bias = theta[2 * l + 2];
-      const Tensor step = make_step(weight, theta0[2 * l + 1], bias, theta0[2 * l + 2]);
-      layers_.push_back({weight, step, pre0[l], weight.size(0)});
-      widest_ = std::max(widest_, weight.size(0));
+      const Tensor &weight0 = theta0[2 * l + 1], &bias0 = theta0[2 * l + 2];
+      Layer<scalar_t> layer{weight,
+                            make_step(weight, weight0, bias, bias0),
+                            Tensor(),
+                            pre0.empty() ? nullptr : const_data<scalar_t>(pre0[l]),
+                            weight.size(0),
+                            RightFactor<scalar_t>(parts),
+                            RightFactor<scalar_t>(parts),
+                            RightFactor<scalar_t>(parts)};
+      if (!layer.a0) layer.step0 = make_step0(weight0, bias0);
+      if (l > 0) {
+        layer.by_step.pack(dense<scalar_t>(layer.step));
+        if (!layer.a0) layer.by_step0.pack(dense<scalar_t>(layer.step0));
+        layer.by_weight.pack(dense<scalar_t>(layer.weight));
+      }
+      widest_ = std::max(widest_, layer.width);
+      layers_.push_back(std::move(layer));
     }
     if (!layers_.empty()) separate_first_layer();
   }
@@ -47,18 +93,18 @@ class HypernetDrift {
   // Sets the gradients, which are zero-filled, but for the basis's; returns the value.
   double run(const Tensor& grad_embeddings, const std::vector<Tensor>& grad_theta) {
     drift_.columns();
-    const int64_t num_rows = num_tasks_ * num_chunks_, tile = std::min(kRowTile, num_rows);
-    const std::vector<Worker> workers = for_tiles<Worker>(
+    const int64_t num_rows = num_tasks_ * num_chunks_, tile = std::min(drift_.row_tile(), num_rows);
+    std::vector<Worker> workers = for_tiles<Worker>(
         num_rows, tile, [&] { return Worker(*this, tile); },
         [&](Worker& worker, int64_t first, int64_t length) {
           forward(worker, first, length);
-          drift_.rows(worker.drift, first, matrix(worker.x.back(), length, 2 * width_ + 1),
-                      matrix(worker.grad, length, width_));
+          drift_.rows(worker.drift, first, drift_.rows_of(data<scalar_t>(worker.x.back()), length),
+                      layers_.empty() ? nullptr : const_data<scalar_t>(worker.slope.back()), data<scalar_t>(worker.grad));
           backward(worker, first, length);
         });
     collect(workers, grad_embeddings, grad_theta);
-    std::vector<const typename Drift<scalar_t>::Worker*> sums;
-    for (const Worker& worker : workers) sums.push_back(&worker.drift);
+    std::vector<typename Drift<scalar_t>::Worker*> sums;
+    for (Worker& worker : workers) sums.push_back(&worker.drift);
     return drift_.finish(sums);
   }
 
@@ -66,12 +112,14 @@ class HypernetDrift {
   struct Worker {
     Worker(const HypernetDrift& h, int64_t tile)
         : drift(h.drift_, tile),
+          by_x(h.parts_),
           da(h.make({tile * h.widest_})),
+          a0(h.make({tile * h.widest_})),
           grad(h.make({tile * h.widest_})),
           grad_in(h.make({tile * h.widest_})),
-          scratch(h.make({h.widest_ * std::max(3 * tile, h.widest_)})) {
+          scratch(h.make({3 * tile * h.widest_})) {
       if (h.layers_.empty()) x.push_back(h.make({tile * (2 * h.width_ + 1)}));
-      for (const Layer& layer : h.layers_) {
+      for (const Layer<scalar_t>& layer : h.layers_) {
         x.push_back(h.make({tile * (2 * layer.width + 1)}));
         slope.push_back(h.make({tile * layer.width}));
         grad_weight.push_back(torch::stable::new_zeros(layer.weight, layer.weight.sizes()));
@@ -83,48 +131,87 @@ class HypernetDrift {
     }
 
     typename Drift<scalar_t>::Worker drift;
-    Tensor da, grad, grad_in, scratch;
+    RightFactor<scalar_t> by_x;
+    Tensor da, a0, grad, grad_in, scratch;
     std::vector<Tensor> x, slope;                // of each layer, for the rows of a tile
     std::vector<Tensor> grad_weight, grad_bias;  // sums over tiles; the first layer's are made of those below
     Tensor grad_task, grad_chunk;                // of the first layer's two parts; without layers, of the embeddings
   };
 
+  static Matrix<scalar_t> tile_of(const Tensor& t, int64_t length, int64_t width) {
+    return dense(data<scalar_t>(t), length, width);
+  }
+
   void forward(Worker& worker, int64_t first, int64_t length) const {
     if (layers_.empty()) return pairs(worker, first, length);
     for (size_t l = 0; l < layers_.size(); ++l) {
-      const Layer& layer = layers_[l];
-      scalar_t* da = data<scalar_t>(worker.da);
+      const Layer<scalar_t>& layer = layers_[l];
+      const Matrix<scalar_t> da = tile_of(worker.da, length, layer.width);
+      const scalar_t* a0 = layer.a0 ? layer.a0 + first * layer.width : data<scalar_t>(worker.a0);
+      const Matrix<scalar_t> a0_out = tile_of(worker.a0, length, layer.width);
+      scalar_t *x = data<scalar_t>(worker.x[l]), *slope = data<scalar_t>(worker.slope[l]);
       if (l == 0) {
-        for_rows(first, length, [&](int64_t i, int64_t task, int64_t chunk) {
-          std::copy_n(const_data<scalar_t>(from_task_) + task * layer.width, layer.width, da + i * layer.width);
-          add(layer.width, const_data<scalar_t>(from_chunk_) + chunk * layer.width, da + i * layer.width);
-        });
+        first_layer(from_task_, from_chunk_, first, da);
+        if (!layer.a0) first_layer(from_task0_, from_chunk0_, first, a0_out);
       } else {
-        const int64_t depth = layer.step.size(0);
-        mm_out(matrix(worker.da, length, layer.width), matrix(worker.x[l - 1], length, depth), layer.step);
+        const int64_t width_in = layers_[l - 1].width;
+        const Matrix<scalar_t> x_in = tile_of(worker.x[l - 1], length, 2 * width_in + 1);
+        if (!layer.a0) layer.by_step0.multiply_into(x_in.cols(width_in, width_in + 1), worker.drift.space, a0_out);
+        if (activation_ == Activation::kRelu) {  // in cache, block by block
+          layer.by_step.multiply(x_in, worker.drift.space,
+                                 [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                   relu_block(layer.width, i, j, m, n, block, stride, a0, x, slope);
+                                 });
+          continue;
+        }
+        layer.by_step.multiply_into(x_in, worker.drift.space, da);
       }
-      activation_drift(activation_, length, layer.width, const_data<scalar_t>(layer.a0) + first * layer.width, da,
-                       data<scalar_t>(worker.x[l]), data<scalar_t>(worker.slope[l]), worker.scratch);
+      activation_drift(activation_, length, layer.width, a0, da.data, x, slope, worker.scratch);
     }
   }
 
-  // From the gradient of the tile's features, in worker.grad, to sums of the parameters' gradients
+  static void relu_block(int64_t width, int64_t i, int64_t j, int64_t num_rows, int64_t num_cols, const scalar_t* da,
+                         int64_t da_stride, const scalar_t* a0, scalar_t* x, scalar_t* slope) {
+    const int64_t stride = 2 * width + 1, at = i * width + j;
+    x += i * stride;
+    if (j == 0)
+      for (int64_t r = 0; r < num_rows; ++r) x[r * stride + 2 * width] = 1;
+    relu_drift<scalar_t>({num_rows, num_cols, stride, da_stride, width}, a0 + at, da, x + width + j, x + j, slope + at);
+  }
+
+  void first_layer(const Tensor& from_task, const Tensor& from_chunk, int64_t first, Matrix<scalar_t> to) const {
+    for_rows(first, to.num_rows, [&](int64_t i, int64_t task, int64_t chunk) {
+      sum_of(to.num_cols, const_data<scalar_t>(from_task) + task * to.num_cols,
+             const_data<scalar_t>(from_chunk) + chunk * to.num_cols, to.data + i * to.num_cols);
+    });
+  }
+
+  // From the gradient of the tile's last pre-activations, in worker.grad, to sums of the parameters' gradients
   void backward(Worker& worker, int64_t first, int64_t length) const {
-    for (size_t l = layers_.size(); l-- > 0;) {
-      const Layer& layer = layers_[l];
-      scalar_t* grad = data<scalar_t>(worker.grad);
-      multiply(length * layer.width, const_data<scalar_t>(worker.slope[l]), grad);
-      if (l == 0) break;
-      for (int64_t i = 0; i < length; ++i) add(layer.width, grad + i * layer.width, data<scalar_t>(worker.grad_bias[l]));
-      const int64_t width_in = layers_[l - 1].width, stride = 2 * width_in + 1;
-      scalar_t* x = data<scalar_t>(worker.x[l - 1]);
-      for (int64_t i = 0; i < length; ++i, x += stride) add(width_in, x + width_in, x);  // x = x0 + dx, where dx was
-      const Tensor x_now = cols(matrix(worker.x[l - 1], length, stride), 0, width_in);
-      const Tensor grad_out = matrix(worker.grad, length, layer.width);
-      const Tensor product = matrix(worker.scratch, layer.width, width_in);
-      mm_out(product, transposed(grad_out), x_now);
-      add(product.numel(), const_data<scalar_t>(product), data<scalar_t>(worker.grad_weight[l]));
-      mm_out(matrix(worker.grad_in, length, width_in), grad_out, layer.weight);
+    for (size_t l = layers_.size(); l-- > 1;) {
+      const Layer<scalar_t>& layer = layers_[l];
+      const int64_t width_in = layers_[l - 1].width;
+      const Matrix<scalar_t> grad = tile_of(worker.grad, length, layer.width);
+      add_rows(length, layer.width, grad.data, data<scalar_t>(worker.grad_bias[l]));
+      const Matrix<scalar_t> x = tile_of(worker.x[l - 1], length, 2 * width_in + 1);
+      if (worker.by_x.packs()) {
+        worker.by_x.pack_sum(x.cols(0, width_in), width_in);
+      } else {
+        add_drift(length, width_in, x.data);
+        worker.by_x.pack(x.cols(0, width_in));
+      }
+      scalar_t* grad_weight = data<scalar_t>(worker.grad_weight[l]);
+      worker.by_x.multiply(grad.transposed(), worker.drift.space,
+                           [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                             add_block(m, n, block, stride, grad_weight + i * width_in + j, width_in);
+                           });
+      scalar_t* grad_in = data<scalar_t>(worker.grad_in);
+      const scalar_t* slope = const_data<scalar_t>(worker.slope[l - 1]);
+      layer.by_weight.multiply(grad, worker.drift.space,
+                               [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                 const int64_t at = i * width_in + j;
+                                 multiply_blocks(m, n, block, stride, slope + at, grad_in + at, width_in);
+                               });
       std::swap(worker.grad, worker.grad_in);
     }
     const int64_t task_width = worker.grad_task.size(1), chunk_width = worker.grad_chunk.size(1);
@@ -174,7 +261,7 @@ class HypernetDrift {
       add(layers_[0].width, const_data<scalar_t>(grad_task) + t * layers_[0].width, data<scalar_t>(grad_theta[2]));
   }
 
-  // The first layer's da is a sum of a task's and a chunk's part, of which the task's has the bias
+  // The first layer's da is a sum of a task's and a chunk's part, of which the task's has the bias; so is its a0
   void separate_first_layer() {
     const Tensor& step = layers_[0].step;
     const int64_t depth = task_dim_ + chunk_dim_, width = layers_[0].width;
@@ -191,6 +278,26 @@ class HypernetDrift {
     from_chunk_ = make({num_chunks_, width});
     mm_out(from_task_, task_x_, part(0, task_dim_, true));
     mm_out(from_chunk_, chunk_x_, part(task_dim_, chunk_dim_, false));
+    if (layers_[0].a0) return;
+    const Tensor& step0 = layers_[0].step0;  // [W0 | b0]'
+    from_task0_ = make({num_tasks_, width});
+    from_chunk0_ = make({num_chunks_, width});
+    mm_out(from_task0_, cols(task_x_, task_dim_, task_dim_), rows(step0, 0, task_dim_));
+    mm_out(from_chunk0_, cols(chunk_x_, chunk_dim_, chunk_dim_), rows(step0, task_dim_, chunk_dim_));
+    for (int64_t t = 0; t < num_tasks_; ++t)
+      add(width, const_data<scalar_t>(step0) + depth * width, data<scalar_t>(from_task0_) + t * width);
+  }
+
+  // [W0 | b0]'
+  Tensor make_step0(const Tensor& weight0, const Tensor& bias0) const {
+    const int64_t width = weight0.size(0), depth = weight0.size(1);
+    const Tensor step0 = make({depth + 1, width});
+    const scalar_t* w0 = const_data<scalar_t>(weight0);
+    scalar_t* to = data<scalar_t>(step0);
+    for (int64_t o = 0; o < width; ++o)
+      for (int64_t i = 0; i < depth; ++i, ++w0) to[i * width + o] = *w0;
+    std::copy_n(const_data<scalar_t>(bias0), width, to + depth * width);
+    return step0;
   }
 
   // [W | W - W0 | b - b0]'
@@ -236,22 +343,23 @@ class HypernetDrift {
     add(from.numel(), const_data<scalar_t>(from), data<scalar_t>(to));
   }
 
-  Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(chunks_, size); }
+  Tensor make(std::initializer_list<int64_t> size) const { return kept_empty(chunks_, size); }
 
   const Tensor embeddings_, chunks_;
-  const int64_t num_tasks_, num_chunks_, task_dim_, chunk_dim_, width_;
+  const int64_t num_tasks_, num_chunks_, task_dim_, chunk_dim_, width_, parts_;
   int64_t widest_;
   const Activation activation_;
   Drift<scalar_t>& drift_;
   const Tensor task_x_, chunk_x_;  // [de | e0 | 1], [dz | z0 | 1]
-  std::vector<Layer> layers_;
-  Tensor from_task_, from_chunk_;  // [T, o], [N, o]: their parts of the first layer's da
+  std::vector<Layer<scalar_t>> layers_;
+  Tensor from_task_, from_chunk_;    // [T, o], [N, o]: their parts of the first layer's da
+  Tensor from_task0_, from_chunk0_;  // of its a0, where that is not given
 };
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vector<Tensor> theta, std::vector<Tensor> theta0,
                                                                        Tensor embeddings, Tensor embeddings0,
                                                                        std::vector<Tensor> pre0, Tensor gram0, Tensor weight,
-                                                                       Tensor plan, int64_t activation) {
+                                                                       Tensor plan, int64_t activation, int64_t precision) {
   NoGrad no_grad;
   for (std::vector<Tensor>* list : {&theta, &theta0, &pre0})
     for (Tensor& t : *list) t = torch::stable::contiguous(t);
@@ -261,13 +369,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes());
   std::vector<Tensor> grad_theta;
   for (const Tensor& t : theta) grad_theta.push_back(torch::stable::new_zeros(t, t.sizes()));
+  if (embeddings.size(0) == 0) return {value, grad_embeddings, grad_theta};
+  grad_theta.back() = kept_empty(theta.back(), {theta.back().size(0), theta.back().size(1)});  // all of it is set
   dispatch_floating(embeddings, "hypernet_drift", [&](auto zero) {
     using scalar_t = decltype(zero);
+    const int64_t parts = tile_parts<scalar_t>(precision);
     Drift<scalar_t> drift(theta.back(), theta0.back(), weight, gram0, plan, embeddings.size(0), theta[0].size(0),
-                          grad_theta.back());
-    if (embeddings.size(0) == 0) return;
-    HypernetDrift<scalar_t> hypernet(theta, theta0, embeddings, embeddings0, pre0, static_cast<Activation>(activation),
-                                     drift);
+                          grad_theta.back(), parts);
+    HypernetDrift<scalar_t> hypernet(theta, theta0, embeddings, embeddings0, pre0, static_cast<Activation>(activation), drift,
+                                     parts);
     *data<scalar_t>(value) = static_cast<scalar_t>(hypernet.run(grad_embeddings, grad_theta));
   });
   return {value, grad_embeddings, grad_theta};

@@ -4,10 +4,8 @@
 namespace fasthyper {
 namespace {
 
-constexpr int64_t kRowTile = 1024;
-
 std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis, Tensor h0, Tensor basis0, Tensor weight,
-                                                        Tensor plan) {
+                                                        Tensor plan, int64_t precision) {
   NoGrad no_grad;
   for (Tensor* t : {&dh, &basis, &h0, &basis0, &weight, &plan}) *t = torch::stable::contiguous(*t);
   const int64_t num_tasks = dh.size(0), num_chunks = dh.size(1), width = dh.size(2);
@@ -21,12 +19,12 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
       typename Drift<scalar_t>::Worker drift;
       Tensor x;  // [dH | H* | 1] of a tile
     };
-    Drift<scalar_t> drift(basis, basis0, weight, no_gram0, plan, num_tasks, num_chunks, grad_basis);
+    Drift<scalar_t> drift(basis, basis0, weight, no_gram0, plan, num_tasks, num_chunks, grad_basis,
+                          tile_parts<scalar_t>(precision));
     if (num_tasks == 0) return;
     drift.columns();
-    const Tensor flat_grad = torch::stable::view(grad_h, {num_tasks * num_chunks, width});
-    const int64_t tile = std::min(kRowTile, num_tasks * num_chunks), full = 2 * width + 1;
-    const std::vector<Worker> workers = for_tiles<Worker>(
+    const int64_t tile = std::min(drift.row_tile(), num_tasks * num_chunks), full = 2 * width + 1;
+    std::vector<Worker> workers = for_tiles<Worker>(
         num_tasks * num_chunks, tile, [&] { return Worker{{drift, tile}, torch::stable::new_empty(dh, {tile, full})}; },
         [&](Worker& worker, int64_t first, int64_t length) {
           scalar_t* x = data<scalar_t>(worker.x);
@@ -35,10 +33,11 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
             std::copy_n(const_data<scalar_t>(h0) + row * width, width, x + width);
             x[2 * width] = 1;
           }
-          drift.rows(worker.drift, first, rows(worker.x, 0, length), rows(flat_grad, first, length));
+          drift.rows(worker.drift, first, drift.rows_of(data<scalar_t>(worker.x), length), nullptr,
+                     data<scalar_t>(grad_h) + first * width);
         });
-    std::vector<const typename Drift<scalar_t>::Worker*> sums;
-    for (const Worker& worker : workers) sums.push_back(&worker.drift);
+    std::vector<typename Drift<scalar_t>::Worker*> sums;
+    for (Worker& worker : workers) sums.push_back(&worker.drift);
     *data<scalar_t>(value) = static_cast<scalar_t>(drift.finish(sums));
   });
   return {value, grad_h, grad_basis};

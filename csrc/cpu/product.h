@@ -1,0 +1,348 @@
+// Matrix products, whole or summed, by the tile units where there are some and by aten elsewhere and in float64.
+//
+// What becomes of a product is said by a function of its blocks: result(i, j, num_rows, num_cols, block, stride) gets what lies
+// at (i, j). A product is then added, weighed or summed in float64 while it is in cache.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "memory.h"
+#include "tensor.h"
+#include "tiles.h"
+
+namespace fasthyper {
+
+// A view; one of the strides is 1
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t num_rows, num_cols, row_stride, col_stride = 1;
+
+  operator Matrix<const T>() const { return {data, num_rows, num_cols, row_stride, col_stride}; }
+  Matrix rows(int64_t start, int64_t length) const {
+    return {data + start * row_stride, length, num_cols, row_stride, col_stride};
+  }
+  Matrix cols(int64_t start, int64_t length) const {
+    return {data + start * col_stride, num_rows, length, row_stride, col_stride};
+  }
+  Matrix transposed() const { return {data, num_cols, num_rows, col_stride, row_stride}; }
+};
+
+// Rows that lie one after the other
+template <typename T>
+Matrix<T> dense(T* data, int64_t num_rows, int64_t num_cols) {
+  return {data, num_rows, num_cols, num_cols};
+}
+
+template <typename scalar_t>
+Matrix<const scalar_t> dense(const Tensor& t) {
+  return dense(const_data<scalar_t>(t), t.size(0), t.size(1));
+}
+
+// [first | second], or [first | second - minus] where that is not null: columns of rows that lie ``stride`` apart
+template <typename T>
+struct Pair {
+  const T *first, *second, *minus;
+  int64_t num_rows, first_cols, second_cols, stride;
+
+  int64_t num_cols() const { return first_cols + second_cols; }
+  Pair rows(int64_t start, int64_t length) const {
+    const int64_t at = start * stride;
+    return {first + at, second + at, minus ? minus + at : nullptr, length, first_cols, second_cols, stride};
+  }
+};
+
+template <typename T>
+Tensor as_tensor(Matrix<T> m) {
+  using scalar_t = std::remove_const_t<T>;
+  const int64_t sizes[2] = {m.num_rows, m.num_cols}, strides[2] = {m.row_stride, m.col_stride};
+  const int32_t dtype = std::is_same_v<scalar_t, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<scalar_t*>(m.data), 2, sizes, strides, 0, dtype,
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Parts that float32 factors are split in on the tile units, of those that are asked for; 0: aten multiplies
+template <typename scalar_t>
+int64_t tile_parts(int64_t precision) {
+  STD_TORCH_CHECK(1 <= precision && precision <= 3, "precision must be 1, 2 or 3, got ", precision);
+  return std::is_same_v<scalar_t, float> && tiles::available() ? precision : 0;
+}
+
+// What a thread needs to multiply
+struct Workspace {
+  Memory left, product, pair;
+  alignas(64) float block[tiles::kSide * tiles::kSide];
+};
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void store_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
+                                         scalar_t* __restrict__ to, int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
+    for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
+}
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void add_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
+                                       scalar_t* __restrict__ to, int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
+    for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
+}
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void sum_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
+                                       double* __restrict__ to, int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
+    for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
+}
+
+template <typename scalar_t>
+FASTHYPER_VECTOR_CLONES void set_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
+                                       double* __restrict__ to, int64_t to_stride) {
+  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
+    for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
+}
+
+template <typename T>
+FASTHYPER_VECTOR_CLONES void write_pair(Pair<T> pair, T* __restrict__ to) {
+  for (int64_t i = 0; i < pair.num_rows; ++i, to += pair.num_cols()) {
+    const T *first = pair.first + i * pair.stride, *second = pair.second + i * pair.stride;
+    const T* minus = pair.minus ? pair.minus + i * pair.stride : nullptr;
+    T* rest = to + pair.first_cols;
+    for (int64_t j = 0; j < pair.first_cols; ++j) to[j] = first[j];
+    for (int64_t j = 0; j < pair.second_cols; ++j) rest[j] = minus ? second[j] - minus[j] : second[j];
+  }
+}
+
+// As one matrix; in the memory if it is none yet
+template <typename T>
+Matrix<const T> as_matrix(Pair<T> pair, Memory& memory) {
+  if (!pair.minus && pair.second == pair.first + pair.first_cols)
+    return {pair.first, pair.num_rows, pair.num_cols(), pair.stride};
+  T* to = memory.get<T>(pair.num_rows * pair.num_cols());
+  write_pair(pair, to);
+  return dense<const T>(to, pair.num_rows, pair.num_cols());
+}
+
+// A right factor, packed once for many left ones. It is a view where aten multiplies: what was packed must stay.
+template <typename scalar_t>
+class RightFactor {
+ public:
+  explicit RightFactor(int64_t parts) : parts_(parts) {}
+
+  bool packs() const { return parts_ > 0; }
+
+  // What is multiplied from the left by a matrix, or by a pair whose first columns meet the first ``split`` rows
+  void pack(Matrix<const scalar_t> b, int64_t split = 0) {
+    b_ = b;
+    if (parts_ == 0) return;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      depth_ = padded(split) + b.num_rows - split;
+      const Matrix<const float> rest = b.rows(split, b.num_rows - split);
+      char* to = memory_.get<char>(tiles::count(b.num_cols) * panel());
+      pack_panels({b.data, b.col_stride, b.row_stride, b.num_cols, split}, to);
+      pack_panels({rest.data, rest.col_stride, rest.row_stride, rest.num_cols, rest.num_rows}, to + part_bytes(split));
+    }
+  }
+
+  // b + what lies ``plus`` further on; only where it packs
+  void pack_sum(Matrix<const scalar_t> b, int64_t plus) {
+    b_ = b;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      depth_ = b.num_rows;
+      memory_.get<char>(tiles::count(b.num_cols) * panel());
+      pack_panels({b.data, b.col_stride, b.row_stride, b.num_cols, b.num_rows, b.data + plus}, memory_.data<char>());
+    }
+  }
+
+  template <typename Result>
+  void multiply(Matrix<const scalar_t> a, Workspace& space, const Result& result) const {
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (parts_)
+        return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
+          const float* from = a.data + start * a.row_stride;
+          tiles::pack_left({from, a.row_stride, a.col_stride, length, depth_}, parts_, left, panel());
+        });
+    by_aten(a, space, result);
+  }
+
+  template <typename Result>
+  void multiply(Pair<scalar_t> a, Workspace& space, const Result& result) const {
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (parts_)
+        return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
+          const Pair<float> some = a.rows(start, length);
+          tiles::pack_left({some.first, a.stride, 1, length, a.first_cols}, parts_, left, panel());
+          tiles::pack_left({some.second, a.stride, 1, length, a.second_cols, some.minus, -1}, parts_,
+                           left + part_bytes(a.first_cols), panel());
+        });
+    by_aten(as_matrix(a, space.pair), space, result);
+  }
+
+  template <typename Left>
+  void multiply_into(Left a, Workspace& space, Matrix<scalar_t> out) const {
+    if constexpr (std::is_same_v<Left, Matrix<scalar_t>> || std::is_same_v<Left, Matrix<const scalar_t>>)
+      if (parts_ == 0) return mm_out(as_tensor(out), as_tensor(a), as_tensor(b_));
+    multiply(a, space, [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+      store_block(m, n, block, stride, out.data + i * out.row_stride + j, out.row_stride);
+    });
+  }
+
+ private:
+  static constexpr int64_t kLeftRows = 256;  // packed, they stay in the second-level cache beside a panel of the right factor
+
+  static int64_t padded(int64_t depth) { return tiles::count(depth) * tiles::kSide; }
+  int64_t part_bytes(int64_t depth) const { return tiles::panel_bytes(depth, parts_); }
+  int64_t panel() const { return part_bytes(depth_); }
+  void pack_panels(const tiles::Source& source, char* to) const { tiles::pack_right(source, parts_, to, panel()); }
+
+  template <typename Result, typename PackLeft>
+  void by_tiles(int64_t num_rows, Workspace& space, const Result& result, const PackLeft& pack_left) const {
+    const tiles::Units units;
+    const char* right = memory_.data<char>();
+    for (int64_t start = 0; start < num_rows; start += kLeftRows) {
+      const int64_t length = std::min(kLeftRows, num_rows - start);
+      char* left = space.left.get<char>(tiles::count(length) * panel());
+      pack_left(start, length, left);
+      for (int64_t j = 0; j < b_.num_cols; j += tiles::kSide)
+        for (int64_t i = 0; i < length; i += tiles::kSide) {
+          const int64_t m = std::min(tiles::kSide, length - i), n = std::min(tiles::kSide, b_.num_cols - j);
+          tiles::multiply(left + i / tiles::kSide * panel(), right + j / tiles::kSide * panel(), depth_, parts_, m, n,
+                          space.block);
+          result(start + i, j, m, n, space.block, tiles::kSide);
+        }
+    }
+  }
+
+  template <typename Result>
+  void by_aten(Matrix<const scalar_t> a, Workspace& space, const Result& result) const {
+    const Matrix<scalar_t> product = dense(space.product.get<scalar_t>(a.num_rows * b_.num_cols), a.num_rows, b_.num_cols);
+    mm_out(as_tensor(product), as_tensor(a), as_tensor(b_));
+    result(0, 0, a.num_rows, b_.num_cols, product.data, b_.num_cols);
+  }
+
+  int64_t parts_, depth_ = 0;
+  Matrix<const scalar_t> b_{};
+  Memory memory_;
+};
+
+// X'WX summed in float64, X = pairs of rows that are added a few hundred at a time and multiplied a thousand at a time. Of its
+// rows those of the first columns are made, or all; and of them what is not below the diagonal.
+template <typename scalar_t>
+class GramSum {
+ public:
+  GramSum(int64_t parts, int64_t first_cols, int64_t second_cols, bool only_first)
+      : parts_(parts), first_(first_cols), width_(first_cols + second_cols), height_(only_first ? first_cols : width_) {}
+
+  // weight of each row; null: 1
+  void add(Pair<scalar_t> x, const scalar_t* weight, Workspace& space) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (parts_) {
+        for (int64_t i = 0; i < x.num_rows; i += kDepth)
+          append(x.rows(i, std::min(kDepth, x.num_rows - i)), weight ? weight + i : nullptr, space);
+        return;
+      }
+    }
+    by_aten(as_matrix(x, space.pair), weight, space);
+  }
+
+  // Makes what was added part of the sum
+  void finish(Workspace& space) {
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (filled_) flush(space);
+  }
+
+  // [width, width], finished; null where nothing was added
+  const double* sum() const { return is_set_ ? gram_.data<double>() : nullptr; }
+
+ private:
+  static constexpr int64_t kDepth = 1024;    // rows multiplied at a time: that many sums in float32 before one in float64
+  static constexpr int64_t kLeftPanels = 4;  // held in the second-level cache while right panels pass
+  static constexpr int64_t kAtenBlock = 88;  // narrowest block that is not computed twice
+
+  // (|W|^1/2 X) is kept as a right factor; its transpose, with the signs of W, is the left one
+  void append(Pair<float> x, const float* weight, Workspace& space) {
+    const int64_t padded = tiles::count(x.num_rows) * tiles::kSide;
+    if (filled_ + padded > kDepth) flush(space);
+    const int64_t stride = tiles::panel_bytes(kDepth, parts_);
+    char* to = right_.template get<char>(num_panels() * stride) + tiles::panel_bytes(filled_, parts_);
+    float root[kDepth];
+    for (int64_t i = 0; i < padded; ++i) {
+      const float w = i < x.num_rows && weight ? weight[i] : 1.0f;
+      root[i] = std::sqrt(std::abs(w));
+      negative_[filled_ + i] = w < 0;
+    }
+    const float* scale = weight ? root : nullptr;
+    tiles::pack_right({x.first, 1, x.stride, x.first_cols, x.num_rows, nullptr, 1, scale}, parts_, to, stride);
+    tiles::pack_right({x.second, 1, x.stride, x.second_cols, x.num_rows, x.minus, -1, scale}, parts_,
+                      to + tiles::count(first_) * stride, stride);
+    filled_ += padded;
+  }
+
+  void flush(Workspace& space) {
+    const tiles::Units units;
+    const int64_t stride = tiles::panel_bytes(kDepth, parts_);
+    const int64_t num_left = height_ == first_ ? tiles::count(first_) : num_panels();
+    const char* right = right_.data<char>();
+    char* left = space.left.get<char>(kLeftPanels * stride);
+    for (int64_t first = 0; first < num_left; first += kLeftPanels) {
+      const int64_t last = std::min(first + kLeftPanels, num_left);
+      for (int64_t i = first; i < last; ++i)
+        tiles::right_to_left(right + i * stride, filled_, parts_, negative_, left + (i - first) * stride);
+      for (int64_t j = first; j < num_panels(); ++j)
+        for (int64_t i = first; i < std::min(last, j + 1); ++i) {
+          const auto [row, m] = columns_of(i);
+          const auto [col, n] = columns_of(j);
+          tiles::multiply(left + (i - first) * stride, right + j * stride, filled_, parts_, m, n, space.block);
+          put(m, n, space.block, tiles::kSide, row, col);
+        }
+    }
+    filled_ = 0;
+    is_set_ = true;
+  }
+
+  void by_aten(Matrix<const scalar_t> x, const scalar_t* weight, Workspace& space) {
+    Matrix<const scalar_t> left = x;
+    if (weight) {
+      scalar_t* weighed = space.left.get<scalar_t>(x.num_rows * height_);
+      for (int64_t i = 0; i < x.num_rows; ++i) scale(height_, weight[i], x.data + i * x.row_stride, weighed + i * height_);
+      left = dense<const scalar_t>(weighed, x.num_rows, height_);
+    }
+    const int64_t num_blocks = std::max<int64_t>(1, height_ / kAtenBlock);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t start = height_ * block / num_blocks, stop = height_ * (block + 1) / num_blocks;
+      const Matrix<scalar_t> product =
+          dense(space.product.get<scalar_t>((stop - start) * (width_ - start)), stop - start, width_ - start);
+      mm_out(as_tensor(product), as_tensor(left.cols(start, stop - start).transposed()),
+             as_tensor(x.cols(start, width_ - start)));
+      put(stop - start, width_ - start, product.data, product.row_stride, start, start);
+    }
+    is_set_ = true;
+  }
+
+  void put(int64_t num_rows, int64_t num_cols, const scalar_t* block, int64_t stride, int64_t row, int64_t col) {
+    double* to = gram_.get<double>(width_ * width_) + row * width_ + col;
+    (is_set_ ? sum_block<scalar_t> : set_block<scalar_t>)(num_rows, num_cols, block, stride, to, width_);
+  }
+
+  int64_t num_panels() const { return tiles::count(first_) + tiles::count(width_ - first_); }
+
+  // (first column, number of columns) of a panel
+  std::pair<int64_t, int64_t> columns_of(int64_t panel) const {
+    const int64_t of_first = tiles::count(first_), col = panel * tiles::kSide;
+    if (panel < of_first) return {col, std::min(tiles::kSide, first_ - col)};
+    const int64_t shifted = first_ + (panel - of_first) * tiles::kSide;
+    return {shifted, std::min(tiles::kSide, width_ - shifted)};
+  }
+
+  int64_t parts_, first_, width_, height_;
+  Memory gram_, right_;
+  bool is_set_ = false;
+  int64_t filled_ = 0;  // rows, padded
+  bool negative_[kDepth];
+};
+
+}  // namespace fasthyper
