@@ -368,9 +368,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
   Tensor value = torch::stable::new_zeros(embeddings, {});
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes());
   std::vector<Tensor> grad_theta;
-  for (const Tensor& t : theta) grad_theta.push_back(torch::stable::new_zeros(t, t.sizes()));
-  if (embeddings.size(0) == 0) return {value, grad_embeddings, grad_theta};
-  grad_theta.back() = kept_empty(theta.back(), {theta.back().size(0), theta.back().size(1)});  // all of it is set
+  for (size_t i = 0; i + 1 < theta.size(); ++i) grad_theta.push_back(torch::stable::new_zeros(theta[i], theta[i].sizes()));
+  const Tensor& basis = theta.back();
+  if (embeddings.size(0) == 0) {
+    grad_theta.push_back(torch::stable::new_zeros(basis, basis.sizes()));
+    return {value, grad_embeddings, grad_theta};
+  }
+  grad_theta.push_back(kept_empty(basis, {basis.size(0), basis.size(1)}));  // all of it is set
   dispatch_floating(embeddings, "hypernet_drift", [&](auto zero) {
     using scalar_t = decltype(zero);
     const int64_t parts = tile_parts<scalar_t>(precision);
