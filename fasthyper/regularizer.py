@@ -50,10 +50,13 @@ class OutputRegularizer:
         self.num_past = num_past
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
         self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
-        self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
         self._all = self._plan(range(num_past))
-        mean = h0.new_full((num_past,), 1 / max(1, num_past))
-        self._gram0 = reference.gram0(h0, mean, self._all)
+        self._pre0: list[Tensor] = []
+        self._gram0: Tensor | None = None
+        if len(self.theta0) > 2:  # without a trunk nothing of the size of all features is made, now or later
+            self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
+            mean = h0.new_full((num_past,), 1 / max(1, num_past))
+            self._gram0 = reference.gram0(h0, mean, self._all)
 
     def penalty(
         self,
@@ -140,4 +143,4 @@ class OutputRegularizer:
         return torch.stack(rows) if rows else self.hnet.basis.new_empty(0, self.hnet.task_dim)
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
-        return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form)
+        return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)

@@ -79,6 +79,9 @@ class Drift {
     double direct_value = 0;
   };
 
+  const std::vector<Rectangle>& rectangles() const { return rectangles_; }
+  const Tensor& to_h(size_t rectangle) const { return to_h_[rectangle]; }  // 2 Y'V_H, unless it is direct
+
   // First pass over the columns.
   void columns() {
     std::vector<int64_t> cuts;
