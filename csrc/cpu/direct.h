@@ -93,7 +93,7 @@ class DirectDrift {
   double rectangle(const Rectangle& r, const Fill& fill, const Take& take) const {
     const int64_t num_chunks = r.chunk_hi - r.chunk_lo, num_rows = (r.task_hi - r.task_lo) * num_chunks;
     if (num_rows == 0 || r.num_cols() == 0) return 0;
-    const int64_t most = std::min(kDirectRows, num_rows);
+    const int64_t num_tiles = (num_rows - 1) / kDirectRows + 1, most = (num_rows - 1) / num_tiles + 1;
     const Tensor x = make({most, depth_}), grad = make({most, width_});
     std::vector<Row> rows(most);
     double value = 0;
