@@ -3,7 +3,7 @@
 Shape suffixes: T past tasks, N chunks, S chunk size, E task-embedding size, Z chunk-embedding size, H trunk width, P target
 weights, R rows of a rectangle (tasks x chunks), C columns of a rectangle, K = H + 1 (features and the bias), M = 2H + 1
 (drifted features, snapshot features, the bias), O and I outputs and inputs of a trunk layer.
-These functions are not differentiable; the autograd Functions around them are in ``ops.py``.
+The ops are not differentiable; the autograd Functions around them are in ``ops.py``.
 """
 
 from __future__ import annotations
