@@ -25,6 +25,7 @@ def main() -> int:
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision")
     )
     rows = [entry["extra_info"] for entry in measured["benchmarks"]]
+    rows = [row for row in rows if row["what"] in ("regularizer", "step")]
     parts = {
         README: {
             "headline": headline(rows),

@@ -17,6 +17,10 @@ LIBRARY.define(
     "_hypernet_drift_fwd(Tensor[] theta, Tensor[] theta0, Tensor embeddings, Tensor embeddings0, Tensor[] pre0,"
     " Tensor gram0, Tensor weight, Tensor plan, int activation, int precision=3) -> (Tensor, Tensor, Tensor[])"
 )
+LIBRARY.define(
+    "_target_drift_fwd(Tensor h, Tensor basis, Tensor[] snapshot, Tensor[] targets, Tensor[] importance, Tensor weight,"
+    " Tensor plan) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
 _ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
@@ -26,7 +30,10 @@ LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
-OPS = ("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
+OPS = (
+    *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
+    *("adam_delta_fwd", "adam_delta_bwd"),
+)
 
 
 @torch.library.register_fake("fasthyper::_output_drift_fwd", lib=LIBRARY)
@@ -37,6 +44,11 @@ def _output_drift_fwd_fake(dh, basis, h0, basis0, weight, plan, precision=3):
 @torch.library.register_fake("fasthyper::_hypernet_drift_fwd", lib=LIBRARY)
 def _hypernet_drift_fwd_fake(theta, theta0, embeddings, embeddings0, pre0, gram0, weight, plan, activation, precision=3):
     return embeddings.new_empty(()), embeddings.new_empty(embeddings.shape), [p.new_empty(p.shape) for p in theta]
+
+
+@torch.library.register_fake("fasthyper::_target_drift_fwd", lib=LIBRARY)
+def _target_drift_fwd_fake(h, basis, *_):
+    return h.new_empty(()), h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
 @torch.library.register_fake("fasthyper::_generate_fwd", lib=LIBRARY)
@@ -61,6 +73,7 @@ def _adam_delta_bwd_fake(grad_delta, param, *_):
 
 _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
 _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
+_target_drift_fwd = torch.ops.fasthyper._target_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
@@ -97,6 +110,22 @@ class _HypernetDrift(torch.autograd.Function):
     def backward(ctx, grad):
         grad_embeddings, *grad_theta = (grad * gradient for gradient in ctx.saved_tensors)
         return grad_embeddings, *[None] * 7, *grad_theta, *[None] * ctx.num_constants
+
+
+class _TargetDrift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, basis, weight, plan, num_snapshot, num_targets, *constants):
+        snapshot, rest = constants[:num_snapshot], constants[num_snapshot:]
+        value, *gradients = _target_drift_fwd(h, basis, snapshot, rest[:num_targets], rest[num_targets:], weight, plan)
+        ctx.save_for_backward(*gradients)
+        ctx.num_constants = 4 + len(constants)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_h, grad_basis = ctx.saved_tensors
+        return grad * grad_h, grad * grad_basis, *[None] * ctx.num_constants
 
 
 class _Generate(torch.autograd.Function):
@@ -249,6 +278,66 @@ def hypernet_drift_value_and_grad(
     return value, grad_theta, grad_embeddings
 
 
+def target_drift(
+    h: Tensor,
+    basis: Tensor,
+    plan: Tensor,
+    *,
+    h0: Tensor | None = None,
+    basis0: Tensor | None = None,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    importance: Tensor | Sequence[Tensor] | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared drift with a factor of its own for each generated weight, or from targets of one's own.
+
+    ``sum_t weight_t sum_p importance_tp (w_tp - target_tp)^2`` over the weights p in the plan's rectangles; weight p of task
+    t is row ``p % S`` of ``basis`` times ``[h[t, p // S] | 1]``.
+
+    Args:
+        h:          ``[T, N, H]`` features of the past tasks; where the target is the snapshot, their drift since (as ``dh``
+                    of ``output_drift``).
+        basis:      ``[S, H+1]`` shared basis now; its last column is the bias.
+        plan:       ``[B, 7]`` int64 on the CPU, from ``planner.drift_plan``; the form it asks for does not matter here.
+        h0, basis0: ``[T, N, H]`` and ``[S, H+1]``, the snapshot: its weights are the target. In place of ``targets``.
+        targets:    ``[T, P]``, or T tensors ``[P]``, of any strides: read where they lie, never copied or changed.
+        importance: the same, factors of 0 or more; ``None`` means 1.
+        weight:     ``[T]`` weight of each task; ``None`` means 1/T each.
+
+    Returns:
+        Scalar ``[]`` in the dtype of ``h``, differentiable in ``h`` and ``basis``; 0 when ``T == 0``.
+
+    Raises:
+        ValueError: shapes disagree, or not exactly one of snapshot and targets is given.
+        TypeError: dtypes differ, or are other than float32 and float64.
+        RuntimeError: a rectangle leaves the grid, or reaches beyond P.
+
+    Costs about 3 multiply-adds per weight and feature, as generating the weights and their backward do; memory is that of
+    the features. The order of summation is fixed for a given number of threads. Second derivatives raise.
+    """
+    op = "target_drift"
+    if (h0 is None) != (basis0 is None) or (h0 is None) == (targets is None):
+        raise ValueError(f"{op}: give either targets, or both h0 and basis0")
+    snapshot = [] if h0 is None or basis0 is None else [h0.detach(), basis0.detach()]
+    named = {"h": h, "basis": basis} | dict(zip(("h0", "basis0"), snapshot, strict=False))
+    rows = {"targets": _per_weight(targets), "importance": _per_weight(importance)}
+    for name, given in rows.items():
+        named |= {f"{name}[{i}]" if len(given) > 1 else name: row for i, row in enumerate(given)}
+    _check_dtypes(op, **named, **({} if weight is None else {"weight": weight}))
+    if h.dtype in HALF:
+        raise TypeError(f"{op}: computes in float32 or float64, got {h.dtype}")
+    _check_shape(op, "h", h, ("T", "N", "H"))
+    _check_shape(op, "basis", basis, ("S", h.shape[2] + 1))
+    for name, value, like in zip(("h0", "basis0"), snapshot, (h, basis), strict=False):
+        _check_shape(op, name, value, like.shape)
+    for name, given in rows.items():
+        _check_per_weight(op, name, given, h.shape[0])
+    _check_plan(op, plan)
+    constants = (*snapshot, *rows["targets"], *rows["importance"])
+    weight = _task_weight(op, weight, h)
+    return _TargetDrift.apply(h, basis, weight, plan, len(snapshot), len(rows["targets"]), *constants)
+
+
 def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """All weights of a target network for one task, as views of one buffer (DESIGN E3).
 
@@ -357,6 +446,22 @@ def _parts(op: str, precision: str) -> int:
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return PRECISIONS[precision]
+
+
+def _per_weight(given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    rows = [] if given is None else [given] if isinstance(given, Tensor) else given
+    return [row.detach() for row in rows]
+
+
+def _check_per_weight(op: str, name: str, rows: Sequence[Tensor], num_tasks: int) -> None:
+    """One tensor ``[T, P]``, or T tensors ``[P]``, or nothing."""
+    if len(rows) == 1 and rows[0].dim() == 2:
+        _check_shape(op, name, rows[0], (num_tasks, "P"))
+    elif rows:
+        if len(rows) != num_tasks:
+            raise ValueError(f"{op}: {name} must be one tensor [T, P] or {num_tasks} tensors [P], got {len(rows)}")
+        for i, row in enumerate(rows):
+            _check_shape(op, f"{name}[{i}]", row, ("P",))
 
 
 def _check_plan(op: str, plan: Tensor) -> None:

@@ -13,7 +13,10 @@ PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi"
 
 
 def gram_cost(rows: int, cols: int, width: int) -> int:
-    """Multiply-adds of E2: each row and each column costs 2 H^2 for its Gram matrices and 2 H^2 for its gradient."""
+    """Multiply-adds of E2: each row and each column costs 2 H^2 for its Gram matrices and 2 H^2 for its gradient.
+
+    Without a trunk each task and each chunk costs that, instead of each pair of them.
+    """
     return 4 * (rows + cols) * width * width
 
 
@@ -22,7 +25,7 @@ def direct_cost(rows: int, cols: int, width: int) -> int:
     return 4 * rows * cols * width
 
 
-def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto") -> Tensor:
+def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto", *, trunk: bool = True) -> Tensor:
     """The rectangles of the drift over these past tasks, one int64 row ``PLAN_COLUMNS`` each, on the CPU.
 
     All shared weights take one form: their rectangles meet the same columns, which are passed once for all of them. Each
@@ -33,6 +36,7 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
         tasks: past tasks, in the order of the rows of the features; -1 in ``task_hi`` stands for all of them.
         width: H.
         form: ``auto`` picks the cheaper form; ``gram`` or ``direct`` forces one.
+        trunk: whether features are made by layers; without, they are pairs of a task's and a chunk's embedding.
 
     Raises:
         ValueError: unknown ``form``, or a task without a head in a layout that has heads.
@@ -42,7 +46,8 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
 
     def rows(rectangles: Sequence[Rectangle], task_lo: int, task_hi: int, num_tasks: int) -> list[list[int]]:
         areas = [(num_tasks * r.num_chunks, r.num_cols) for r in rectangles]
-        gram = gram_cost(sum(rows for rows, _ in areas), _union(rectangles), width)
+        num_rows = sum(rows for rows, _ in areas) if trunk else num_tasks + sum(r.num_chunks for r in rectangles)
+        gram = gram_cost(num_rows, _union(rectangles), width)
         direct = sum(direct_cost(*area, width) for area in areas)
         is_direct = form == "direct" or (form == "auto" and direct < gram)
         return [[task_lo, task_hi, *r, int(is_direct)] for r in rectangles]

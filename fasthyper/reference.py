@@ -3,7 +3,7 @@
 Shape suffixes: T past tasks, N chunks, S chunk size, E task-embedding size, Z chunk-embedding size, H trunk width, P target
 weights, R rows of a rectangle (tasks x chunks), C columns of a rectangle, K = H + 1 (features and the bias), M = 2H + 1
 (drifted features, snapshot features, the bias), O and I outputs and inputs of a trunk layer.
-These functions are not differentiable; the autograd Functions around them are in ``ops.py``.
+The ops are not differentiable; the autograd Functions around them are in ``ops.py``.
 """
 
 from __future__ import annotations
@@ -78,17 +78,17 @@ def hypernet_drift_fwd(
     de_TE, dz_NZ = embeddings_TE - embeddings0_TE, z_NZ - z0_NZ
     now, slopes = [], []  # inputs of the second layer and on, slopes of each layer's activation
     if not layers:
-        dx, x0 = _pairs(de_TE, dz_NZ), _pairs(embeddings0_TE, z0_NZ)
+        dx, x0 = pairs(de_TE, dz_NZ), pairs(embeddings0_TE, z0_NZ)
     for i in range(len(layers) // 2):
         weight_OI, bias_O, weight0_OI, bias0_O = *layers[2 * i : 2 * i + 2], *layers0[2 * i : 2 * i + 2]
-        a0 = pre0[i] if pre0 else F.linear(x0 if i else _pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
+        a0 = pre0[i] if pre0 else F.linear(x0 if i else pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
         if i == 0:
             (we, wz), (we0, wz0) = weight_OI.tensor_split(split, 1), weight0_OI.tensor_split(split, 1)
-            da_e = _linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)
-            da = da_e[:, None] + _linear_drift(dz_NZ, wz, 0 * bias_O, z0_NZ, wz0, 0 * bias_O)
+            da_e = linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)
+            da = da_e[:, None] + linear_drift(dz_NZ, wz, 0 * bias_O, z0_NZ, wz0, 0 * bias_O)
         else:
             now.append(x0 + dx)
-            da = _linear_drift(dx, weight_OI, bias_O, x0, weight0_OI, bias0_O)
+            da = linear_drift(dx, weight_OI, bias_O, x0, weight0_OI, bias0_O)
         x0 = act.value(a0)
         dx, slope = act.drift(a0, da)
         slopes.append(slope)
@@ -111,13 +111,67 @@ def hypernet_drift_fwd(
     return value, grad_e_TE, [grad_z_NZ, *grads]
 
 
-def _pairs(rows_TE: Tensor, rows_NZ: Tensor) -> Tensor:
+def pairs(rows_TE: Tensor, rows_NZ: Tensor) -> Tensor:
+    """[e_t, z_n] for all t and n: ``[T, N, E + Z]``."""
     return torch.cat([rows_TE[:, None].expand(-1, len(rows_NZ), -1), rows_NZ.expand(len(rows_TE), -1, -1)], -1)
 
 
-def _linear_drift(dx: Tensor, weight: Tensor, bias: Tensor, x0: Tensor, weight0: Tensor, bias0: Tensor) -> Tensor:
+def linear_drift(dx: Tensor, weight: Tensor, bias: Tensor, x0: Tensor, weight0: Tensor, bias0: Tensor) -> Tensor:
     """(W x + b) - (W0 x0 + b0) for x = x0 + dx."""
     return F.linear(dx, weight, bias - bias0) + F.linear(x0, weight - weight0)
+
+
+def target_drift_fwd(
+    h_TNH: Tensor,
+    basis_SK: Tensor,
+    snapshot: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    importance: Sequence[Tensor],
+    weight_T: Tensor,
+    plan: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value of the drift with an importance F of each weight, or to given targets, and its gradients, tile by tile.
+
+    With ``snapshot`` = [h0, basis0], h is dh and d = X Y' as in ``output_drift_fwd``; without, d = [H | 1] V' - targets.
+    ``targets`` and ``importance`` are empty, one tensor ``[T, P]``, or T tensors ``[P]``.
+    sum w F d^2,  d/dH = 2 (w F d) V_H,  d/dV = 2 (w F d)' [H | 1].
+    """
+    (num_tasks, num_chunks, width), chunk_size = h_TNH.shape, len(basis_SK)
+    value = torch.zeros((), dtype=torch.float64, device=h_TNH.device)
+    grad_h_TNH, grad_basis_SK = torch.zeros_like(h_TNH), torch.zeros_like(basis_SK)
+    x_TND = ha_TNK = torch.cat([h_TNH, torch.ones_like(h_TNH[..., :1])], -1)
+    y_SD = basis_SK
+    if snapshot:
+        h0_TNH, basis0_SK = snapshot
+        x_TND = torch.cat([h_TNH, h0_TNH, ha_TNK[..., width:]], -1)
+        ha_TNK = torch.cat([h_TNH + h0_TNH, ha_TNK[..., width:]], -1)
+        y_SD = torch.cat([basis_SK[:, :width], basis_SK - basis0_SK], -1)
+    for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, _ in plan.tolist():
+        _check_rectangle(task_lo, task_hi, num_tasks, chunk_lo, chunk_hi, num_chunks, col_lo, col_hi, chunk_size)
+        step = max(1, DIRECT_TILE // max(1, col_hi - col_lo))
+        for task in range(task_lo, num_tasks if task_hi < 0 else task_hi):
+            for lo in range(chunk_lo, chunk_hi, step):
+                hi = min(lo + step, chunk_hi)
+                chunks, cols, tile = slice(lo, hi), slice(col_lo, col_hi), (task, lo, hi, col_lo, col_hi, chunk_size)
+                d_NC = x_TND[task, chunks] @ y_SD[cols].T
+                if targets:
+                    d_NC = d_NC - _cells("targets", targets, *tile)
+                wd_NC = weight_T[task] * (d_NC * _cells("importance", importance, *tile) if importance else d_NC)
+                value += (wd_NC * d_NC).sum(dtype=torch.float64)
+                grad_h_TNH[task, chunks] += 2 * wd_NC @ basis_SK[cols, :width]
+                grad_basis_SK[cols] += 2 * wd_NC.T @ ha_TNK[task, chunks]
+    return value.to(h_TNH.dtype), grad_h_TNH, grad_basis_SK
+
+
+def _cells(
+    name: str, rows: Sequence[Tensor], task: int, lo: int, hi: int, col_lo: int, col_hi: int, chunk_size: int
+) -> Tensor:
+    """Of one task, the numbers of chunks ``[lo, hi)`` and columns ``[col_lo, col_hi)``, as they lie end to end."""
+    row_P = rows[0][task] if rows[0].dim() == 2 else rows[task]
+    start, stop = lo * chunk_size + col_lo, (hi - 1) * chunk_size + col_hi
+    if stop > len(row_P):
+        raise RuntimeError(f"target_drift: the plan reaches {stop} weights of a task, {name} has {len(row_P)}")
+    return row_P[start:stop].unfold(0, col_hi - col_lo, chunk_size)
 
 
 def gram0(h0_TNH: Tensor, weight_T: Tensor, plan: Tensor) -> Tensor:

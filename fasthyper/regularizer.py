@@ -11,7 +11,7 @@ from torch import Tensor
 from fasthyper import ops, reference
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import drift_plan
-from fasthyper.trunk import run_trunk
+from fasthyper.trunk import run_trunk, trunk_drift
 
 
 class OutputRegularizer:
@@ -50,10 +50,13 @@ class OutputRegularizer:
         self.num_past = num_past
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
         self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
-        self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
         self._all = self._plan(range(num_past))
-        mean = h0.new_full((num_past,), 1 / max(1, num_past))
-        self._gram0 = reference.gram0(h0, mean, self._all)
+        self._pre0: list[Tensor] = []
+        self._gram0: Tensor | None = None
+        if len(self.theta0) > 2:  # without a trunk nothing of the size of all features is made, now or later
+            self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
+            mean = h0.new_full((num_past,), 1 / max(1, num_past))
+            self._gram0 = reference.gram0(h0, mean, self._all)
 
     def penalty(
         self,
@@ -62,6 +65,8 @@ class OutputRegularizer:
         *,
         tasks: Sequence[int] | None = None,
         scaling: Tensor | None = None,
+        targets: Tensor | Sequence[Tensor] | None = None,
+        importance: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Mean over past tasks of the squared drift of their weights since the snapshot (E1 without beta).
 
@@ -70,14 +75,32 @@ class OutputRegularizer:
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings; by default those of the snapshot, held fixed.
             tasks: distinct past tasks to take, the mean is over them; ``None`` takes all.
             scaling: ``[T]`` factor of each past task; ``None`` means 1.
+            targets: ``[T, P]``, or one tensor ``[P]`` per past task: weights to hold to in place of the snapshot's, end to
+                end in the order of ``hnet.generate``; not differentiated.
+            importance: of the same shape, factor of each weight's squared drift (its Fisher information, say), 0 or more;
+                ``None`` means 1; not differentiated.
 
         Returns:
             Scalar, never negative, differentiable in ``theta`` and ``embeddings``; 0 without past tasks.
 
         Raises:
-            IndexError: not a past task.  ValueError: a task given twice.  RuntimeError: no snapshot was taken.
+            IndexError: not a past task.  ValueError: a task given twice, targets or importance of another shape.
+            TypeError: their dtype is not the hypernetwork's.  RuntimeError: no snapshot was taken.
+
+        With ``targets`` or ``importance`` the features of all tasks are made and the cost is that of generating the weights
+        (``ops.target_drift``); the weights are not stored, but what is given is read.
         """
-        return ops.hypernet_drift(**self._arguments(theta, embeddings, tasks, scaling))
+        arguments = self._arguments(theta, embeddings, tasks, scaling)
+        if targets is None and importance is None:
+            return ops.hypernet_drift(**arguments)
+        theta, plan, options = arguments["theta"], arguments["plan"], {"weight": arguments["weight"]}
+        options["importance"] = self._rows("importance", importance, tasks)
+        if targets is not None:
+            h = self.hnet.features(arguments["embeddings"], theta)
+            return ops.target_drift(h, theta[-1], plan, targets=self._rows("targets", targets, tasks), **options)
+        trunk = {key: arguments[key] for key in ("theta", "theta0", "embeddings", "embeddings0", "pre0")}
+        dh, h0 = trunk_drift(**trunk, activation=self.hnet.activation)
+        return ops.target_drift(dh, theta[-1], plan, h0=h0, basis0=self.theta0[-1], **options)
 
     def value_and_grad(
         self,
@@ -135,9 +158,25 @@ class OutputRegularizer:
         *theta, embeddings = (tensor.to(device) for tensor in state)
         self.snapshot(num_past, theta, embeddings)
 
+    def _rows(
+        self, name: str, given: Tensor | Sequence[Tensor] | None, tasks: Sequence[int] | None
+    ) -> Tensor | Sequence[Tensor] | None:
+        """``given``, one row of P numbers per past task, or of it the rows of ``tasks``; nothing is copied."""
+        if given is None:
+            return None
+        wanted = self.hnet.layout.num_weights
+        rows = [given] if isinstance(given, Tensor) else given
+        shape = [self.num_past, wanted] if isinstance(given, Tensor) else [wanted]
+        for row in rows:
+            if list(row.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {list(row.shape)}")
+        if len(given) != self.num_past:
+            raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
+        return given if tasks is None else [given[task] for task in tasks]
+
     def _embeddings(self, tasks: Sequence[int]) -> Tensor:
         rows: list[Tensor] = [self.hnet.embedding(task) for task in tasks]
         return torch.stack(rows) if rows else self.hnet.basis.new_empty(0, self.hnet.task_dim)
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
-        return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form)
+        return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.activations import Activation
+from fasthyper.reference import linear_drift, pairs
 
 
 class Trunk(NamedTuple):
@@ -26,12 +26,41 @@ def run_trunk(theta: Sequence[Tensor], embeddings: Tensor, activation: Activatio
     """Runs all chunks of all tasks, ``embeddings`` ``[T, E]``, through the trunk; without layers a feature is [e_t, z_n]."""
     chunk_embeddings, *layers, _ = theta
     if not layers:
-        num_tasks, num_chunks = len(embeddings), len(chunk_embeddings)
-        rows = embeddings[:, None].expand(-1, num_chunks, -1), chunk_embeddings.expand(num_tasks, -1, -1)
-        return Trunk([], torch.cat(rows, -1))
+        return Trunk([], pairs(embeddings, chunk_embeddings))
     # the first layer separates, [e_t, z_n] W = e_t W_e + z_n W_z: T + N products instead of T * N
     weight_e, weight_z = layers[0].tensor_split([embeddings.shape[1]], 1)
     pre = [F.linear(embeddings, weight_e, layers[1])[:, None] + F.linear(chunk_embeddings, weight_z)]
     for weight, bias in zip(layers[2::2], layers[3::2], strict=True):
         pre.append(F.linear(activation.value(pre[-1]), weight, bias))
     return Trunk(pre, activation.value(pre[-1]))
+
+
+def trunk_drift(
+    theta: Sequence[Tensor],
+    theta0: Sequence[Tensor],
+    embeddings: Tensor,
+    embeddings0: Tensor,
+    pre0: Sequence[Tensor],
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """Drift of the features ``[T, N, H]`` since a snapshot, and the features there, without loss of digits (DESIGN E5).
+
+    ``pre0`` is what ``run_trunk`` made of the snapshot. The drift is differentiable in ``theta`` and ``embeddings``.
+    """
+    (z, *layers, _), (z0, *layers0, _) = theta, theta0
+    de, dz = embeddings - embeddings0, z - z0
+    if not layers:
+        return pairs(de, dz), pairs(embeddings0, z0)
+    (we, wz), (we0, wz0) = (w.tensor_split([embeddings.shape[1]], 1) for w in (layers[0], layers0[0]))
+    of_tasks = linear_drift(de, we, layers[1], embeddings0, we0, layers0[1])
+    da = of_tasks[:, None] + F.linear(dz, wz) + F.linear(z0, wz - wz0)
+    dx, x0 = _drift(activation, pre0[0], da)
+    for i, a0 in enumerate(pre0[1:], 1):
+        (weight, bias), (weight0, bias0) = layers[2 * i : 2 * i + 2], layers0[2 * i : 2 * i + 2]
+        dx, x0 = _drift(activation, a0, linear_drift(dx, weight, bias, x0, weight0, bias0))
+    return dx, x0
+
+
+def _drift(activation: Activation, a0: Tensor, da: Tensor) -> tuple[Tensor, Tensor]:
+    dx, slope = activation.drift(a0, da.detach())
+    return dx + slope * (da - da.detach()), activation.value(a0)  # the added 0 carries the gradient

@@ -53,6 +53,41 @@ def test_regularizer_has_the_same_value_and_gradients(targets):
         assert oracle.relative_error(have, want) < 1e-10
 
 
+@pytest.mark.parametrize("targets", ["snapshot", "given"])
+def test_regularizer_with_fisher_estimates_has_the_same_value_and_gradients(targets):
+    from hypnettorch.utils import hnet_regularizer as hreg
+
+    hnet = make(4, torch.float64)
+    _, peer = peer_of(hnet)
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(3)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shapes):
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    fisher = [[f**2 for f in random(peer.target_shapes)] for _ in range(3)]
+    theirs_to = (
+        hreg.get_current_targets(3, peer) if targets == "snapshot" else [random(peer.target_shapes) for _ in range(3)]
+    )
+    step = [0.1 * d for d in random([p.shape for p in hnet.theta])]
+    peer_step, scaling = in_its_order(hnet, step), [0.5, 1.0, 2.0]
+    theirs = hreg.calc_fix_target_reg(
+        peer, 3, targets=theirs_to, dTheta=peer_step, fisher_estimates=fisher, reg_scaling=scaling
+    )
+    ours_to, importance = ([torch.cat([w.flatten() for w in ws]) for ws in rows] for rows in (theirs_to, fisher))
+    ours = regularizer.penalty(
+        [p + d for p, d in zip(hnet.theta, step, strict=True)],
+        importance=importance,
+        targets=None if targets == "snapshot" else ours_to,
+        scaling=torch.tensor(scaling, dtype=torch.float64),
+    )
+    assert oracle.relative_error(ours.detach(), theirs.detach()) < 1e-12
+    grads = in_its_order(hnet, list(torch.autograd.grad(ours, hnet.theta)))
+    for have, want in zip(grads, torch.autograd.grad(theirs, peer.unconditional_params), strict=True):
+        assert oracle.relative_error(have, want) < 1e-10
+
+
 def peer_losses(hnet, stream, steps, batch_size, **settings):
     trainer, losses = PeerTrainer(hnet, **settings), []
     for task in stream:

@@ -23,7 +23,7 @@ ALLOWED = {
     "ops": {"reference"},
     "_backend": {"ops", "reference"},
     "planner": {"layout"},
-    "trunk": {"activations"},
+    "trunk": {"activations", "reference"},
     "target": {"layout"},
     "environment": {"version", "_backend"},
     "checkpoint": {"errors"},

@@ -69,3 +69,16 @@ def test_planner_takes_the_direct_form_for_a_head_of_one_row():
     plan = drift_plan(Layout(2_027_000, 7500, heads), range(10), 350)
     assert plan[:, 1].tolist() == [-1, -1, *range(1, 11)]
     assert plan[:, 6].tolist() == [0, 0, *[1] * 10]
+
+
+def test_planner_counts_tasks_and_chunks_instead_of_their_pairs_without_a_trunk():
+    """The Gram form costs the same at 6 and at 6,000 tasks, so it is taken as soon as rows are more than features."""
+    layout, width = Layout(468_540, 7000), 64
+    for tasks in (1, 6, 6000):
+        assert drift_plan(layout, range(tasks), width, trunk=False)[:, 6].tolist() == [0, 0]
+    one_chunk, cols = Layout(1000, 1000), 1000
+    rows = next(r for r in range(1, 1000) if direct_cost(r, cols, width) > gram_cost(r + 1, cols, width))
+    assert drift_plan(one_chunk, range(rows - 1), width, trunk=False)[:, 6].tolist() == [1]
+    assert drift_plan(one_chunk, range(rows), width, trunk=False)[:, 6].tolist() == [0]
+    heads = Layout(468_540, 7000, [[(1000 * t, 1000 * t + 640)] for t in range(6)])
+    assert drift_plan(heads, range(6), width, trunk=False)[-6:, 6].tolist() == [1] * 6

@@ -102,6 +102,9 @@ class Drift {
   // Rows of a tile that suit the machine
   int64_t row_tile() const { return parts_ ? 256 : 1024; }
 
+  const std::vector<Rectangle>& rectangles() const { return rectangles_; }
+  const Tensor& to_h(size_t rectangle) const { return to_h_data_[rectangle]; }  // 2 Y'V_H, unless it is direct
+
   // First pass over the columns.
   void columns() {
     std::vector<int64_t> cuts;

@@ -4,6 +4,7 @@
 // digits. The first layer separates into T + N products. Nothing of the size of all rows is made but what is given, a0.
 #include "activation.h"
 #include "drift.h"
+#include "pair_drift.h"
 
 namespace fasthyper {
 namespace {
@@ -87,7 +88,7 @@ class HypernetDrift {
       widest_ = std::max(widest_, layer.width);
       layers_.push_back(std::move(layer));
     }
-    if (!layers_.empty()) separate_first_layer();
+    separate_first_layer();
   }
 
   // Sets the gradients, which are zero-filled, but for the basis's; returns the value.
@@ -99,7 +100,7 @@ class HypernetDrift {
         [&](Worker& worker, int64_t first, int64_t length) {
           forward(worker, first, length);
           drift_.rows(worker.drift, first, drift_.rows_of(data<scalar_t>(worker.x.back()), length),
-                      layers_.empty() ? nullptr : const_data<scalar_t>(worker.slope.back()), data<scalar_t>(worker.grad));
+                      const_data<scalar_t>(worker.slope.back()), data<scalar_t>(worker.grad));
           backward(worker, first, length);
         });
     collect(workers, grad_embeddings, grad_theta);
@@ -118,16 +119,14 @@ class HypernetDrift {
           grad(h.make({tile * h.widest_})),
           grad_in(h.make({tile * h.widest_})),
           scratch(h.make({3 * tile * h.widest_})) {
-      if (h.layers_.empty()) x.push_back(h.make({tile * (2 * h.width_ + 1)}));
       for (const Layer<scalar_t>& layer : h.layers_) {
         x.push_back(h.make({tile * (2 * layer.width + 1)}));
         slope.push_back(h.make({tile * layer.width}));
         grad_weight.push_back(torch::stable::new_zeros(layer.weight, layer.weight.sizes()));
         grad_bias.push_back(torch::stable::new_zeros(layer.weight, {layer.width}));
       }
-      grad_task = torch::stable::new_zeros(h.chunks_, {h.num_tasks_, h.layers_.empty() ? h.task_dim_ : h.layers_[0].width});
-      grad_chunk =
-          torch::stable::new_zeros(h.chunks_, {h.num_chunks_, h.layers_.empty() ? h.chunk_dim_ : h.layers_[0].width});
+      grad_task = torch::stable::new_zeros(h.chunks_, {h.num_tasks_, h.layers_[0].width});
+      grad_chunk = torch::stable::new_zeros(h.chunks_, {h.num_chunks_, h.layers_[0].width});
     }
 
     typename Drift<scalar_t>::Worker drift;
@@ -135,7 +134,7 @@ class HypernetDrift {
     Tensor da, a0, grad, grad_in, scratch;
     std::vector<Tensor> x, slope;                // of each layer, for the rows of a tile
     std::vector<Tensor> grad_weight, grad_bias;  // sums over tiles; the first layer's are made of those below
-    Tensor grad_task, grad_chunk;                // of the first layer's two parts; without layers, of the embeddings
+    Tensor grad_task, grad_chunk;                // of the first layer's two parts
   };
 
   static Matrix<scalar_t> tile_of(const Tensor& t, int64_t length, int64_t width) {
@@ -143,7 +142,6 @@ class HypernetDrift {
   }
 
   void forward(Worker& worker, int64_t first, int64_t length) const {
-    if (layers_.empty()) return pairs(worker, first, length);
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer<scalar_t>& layer = layers_[l];
       const Matrix<scalar_t> da = tile_of(worker.da, length, layer.width);
@@ -214,35 +212,18 @@ class HypernetDrift {
                                });
       std::swap(worker.grad, worker.grad_in);
     }
-    const int64_t task_width = worker.grad_task.size(1), chunk_width = worker.grad_chunk.size(1);
-    const int64_t width = layers_.empty() ? width_ : layers_[0].width, shift = layers_.empty() ? task_width : 0;
+    const int64_t width = layers_[0].width;
     const scalar_t* grad = const_data<scalar_t>(worker.grad);
     for_rows(first, length, [&](int64_t i, int64_t task, int64_t chunk) {
-      add(task_width, grad + i * width, data<scalar_t>(worker.grad_task) + task * task_width);
-      add(chunk_width, grad + i * width + shift, data<scalar_t>(worker.grad_chunk) + chunk * chunk_width);
-    });
-  }
-
-  // Without layers a row is [e_t, z_n]
-  void pairs(Worker& worker, int64_t first, int64_t length) const {
-    scalar_t* x = data<scalar_t>(worker.x[0]);
-    for_rows(first, length, [&](int64_t i, int64_t task, int64_t chunk) {
-      const scalar_t* e = const_data<scalar_t>(task_x_) + task * (2 * task_dim_ + 1);
-      const scalar_t* z = const_data<scalar_t>(chunk_x_) + chunk * (2 * chunk_dim_ + 1);
-      scalar_t* row = x + i * (2 * width_ + 1);
-      for (int64_t half = 0; half < 2; ++half, row += width_) {
-        std::copy_n(e + half * task_dim_, task_dim_, row);
-        std::copy_n(z + half * chunk_dim_, chunk_dim_, row + task_dim_);
-      }
-      *row = 1;
+      add(width, grad + i * width, data<scalar_t>(worker.grad_task) + task * width);
+      add(width, grad + i * width, data<scalar_t>(worker.grad_chunk) + chunk * width);
     });
   }
 
   void collect(const std::vector<Worker>& workers, const Tensor& grad_embeddings,
                const std::vector<Tensor>& grad_theta) const {
-    const bool linear = layers_.empty();
-    const Tensor grad_task = linear ? grad_embeddings : torch::stable::new_zeros(chunks_, {num_tasks_, layers_[0].width});
-    const Tensor grad_chunk = linear ? grad_theta[0] : torch::stable::new_zeros(chunks_, {num_chunks_, layers_[0].width});
+    const Tensor grad_task = torch::stable::new_zeros(chunks_, {num_tasks_, layers_[0].width});
+    const Tensor grad_chunk = torch::stable::new_zeros(chunks_, {num_chunks_, layers_[0].width});
     for (const Worker& worker : workers) {
       add_tensor(worker.grad_task, grad_task);
       add_tensor(worker.grad_chunk, grad_chunk);
@@ -251,7 +232,6 @@ class HypernetDrift {
         add_tensor(worker.grad_bias[l], grad_theta[2 * l + 2]);
       }
     }
-    if (linear) return;
     const Tensor &weight = layers_[0].weight, &grad_weight = grad_theta[1];
     mm_out(grad_embeddings, grad_task, cols(weight, 0, task_dim_));
     mm_out(grad_theta[0], grad_chunk, cols(weight, task_dim_, chunk_dim_));
@@ -380,6 +360,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
     const int64_t parts = tile_parts<scalar_t>(precision);
     Drift<scalar_t> drift(theta.back(), theta0.back(), weight, gram0, plan, embeddings.size(0), theta[0].size(0),
                           grad_theta.back(), parts);
+    if (theta.size() == 2) {
+      const DirectDrift<scalar_t> direct(theta.back(), theta0.back(), weight, grad_theta.back());
+      PairDrift<scalar_t> pairs(drift, direct, embeddings, embeddings0, theta[0], theta0[0], weight);
+      *data<scalar_t>(value) = static_cast<scalar_t>(pairs.run(grad_embeddings, grad_theta[0]));
+      return;
+    }
     HypernetDrift<scalar_t> hypernet(theta, theta0, embeddings, embeddings0, pre0, static_cast<Activation>(activation), drift,
                                      parts);
     *data<scalar_t>(value) = static_cast<scalar_t>(hypernet.run(grad_embeddings, grad_theta));

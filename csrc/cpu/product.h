@@ -249,6 +249,12 @@ class GramSum {
     by_aten(as_matrix(x, space.pair), weight, space);
   }
 
+  // A sum [width, width] that was made elsewhere
+  void set(const std::vector<double>& sum) {
+    std::copy(sum.begin(), sum.end(), gram_.get<double>(sum.size()));
+    is_set_ = true;
+  }
+
   // Makes what was added part of the sum
   void finish(Workspace& space) {
     if constexpr (std::is_same_v<scalar_t, float>)
