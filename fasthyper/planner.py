@@ -25,6 +25,11 @@ def direct_cost(rows: int, cols: int, width: int) -> int:
     return 4 * rows * cols * width
 
 
+def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
+    """Memory of a snapshot's pre-activations, one of each trunk layer for each chunk of each task."""
+    return num_tasks * num_chunks * sum(widths) * itemsize
+
+
 def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto", *, trunk: bool = True) -> Tensor:
     """The rectangles of the drift over these past tasks, one int64 row ``PLAN_COLUMNS`` each, on the CPU.
 

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from fasthyper import ops, reference
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.planner import drift_plan
+from fasthyper.planner import drift_plan, snapshot_bytes
 from fasthyper.trunk import run_trunk, trunk_drift
+
+
+_BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
 
 
 class OutputRegularizer:
@@ -20,6 +23,13 @@ class OutputRegularizer:
     Args:
         hnet: the hypernetwork.
         form: of the drift, ``"auto"``, ``"gram"`` or ``"direct"``; see ``planner.drift_plan``.
+        precision: of products of float32 matrices in the drift, ``"highest"``, ``"high"`` or ``"medium"``; see
+            ``ops.output_drift``.
+        memory_budget: bytes that a snapshot may take for pre-activations of the trunk. Those of T tasks are stored where they
+            fit; else they are made again in each step, a tenth slower, and nothing stored grows with T but the embeddings.
+
+    Raises:
+        ValueError: unknown ``form`` or ``precision``, or a negative budget.
 
     Example::
 
@@ -28,9 +38,14 @@ class OutputRegularizer:
         loss = task_loss + beta * regularizer.penalty()     # every step, with any optimizer
     """
 
-    def __init__(self, hnet: ChunkedHypernet, form: str = "auto"):
+    def __init__(
+        self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int = 1 << 28
+    ):
+        if precision not in ops.PRECISIONS or memory_budget < 0:
+            known = ", ".join(ops.PRECISIONS)
+            raise ValueError(f"precision must be one of {known} and memory_budget not negative, got {precision!r}")
         self.hnet = hnet
-        self.form = form
+        self.form, self.precision, self.memory_budget = form, precision, memory_budget
         self.num_past = 0
 
     @torch.no_grad()
@@ -54,9 +69,22 @@ class OutputRegularizer:
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
         if len(self.theta0) > 2:  # without a trunk nothing of the size of all features is made, now or later
-            self._pre0, h0 = run_trunk(self.theta0, self.embeddings0, self.hnet.activation)
-            mean = h0.new_full((num_past,), 1 / max(1, num_past))
-            self._gram0 = reference.gram0(h0, mean, self._all)
+            self._pre0, self._gram0 = self._run_trunk0(num_past)
+
+    def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
+        """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""
+        z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
+        per_task = snapshot_bytes(1, len(z), widths, z.element_size())
+        stores = num_past * per_task <= self.memory_budget
+        tasks_at_once = max(1, num_past if stores else _BYTES_AT_ONCE // per_task)
+        pre: list[Tensor] = []
+        grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
+        for lo in range(0, num_past, tasks_at_once):
+            some = self.embeddings0[lo : lo + tasks_at_once]
+            pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
+            plan = _some_tasks(self._all, lo, lo + len(some))
+            grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
+        return (pre if stores else []), grams
 
     def penalty(
         self,
@@ -99,6 +127,8 @@ class OutputRegularizer:
             h = self.hnet.features(arguments["embeddings"], theta)
             return ops.target_drift(h, theta[-1], plan, targets=self._rows("targets", targets, tasks), **options)
         trunk = {key: arguments[key] for key in ("theta", "theta0", "embeddings", "embeddings0", "pre0")}
+        if not trunk["pre0"]:
+            trunk["pre0"] = run_trunk(self.theta0, trunk["embeddings0"], self.hnet.activation).pre
         dh, h0 = trunk_drift(**trunk, activation=self.hnet.activation)
         return ops.target_drift(dh, theta[-1], plan, h0=h0, basis0=self.theta0[-1], **options)
 
@@ -146,6 +176,7 @@ class OutputRegularizer:
             "activation": self.hnet.activation.code,
             "weight": None if scaling is None else scaling.to(embeddings.dtype) / max(1, len(embeddings)),
             "gram0": gram0 if tasks is None and scaling is None else None,
+            "precision": self.precision,
         }
 
     def state(self) -> list[Tensor]:
@@ -180,3 +211,11 @@ class OutputRegularizer:
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
+
+
+def _some_tasks(plan: Tensor, lo: int, hi: int) -> Tensor:
+    """The rectangles of a plan, cut to tasks ``lo .. hi-1``, which become its tasks 0, 1, ..."""
+    plan = plan.clone()
+    stop = torch.where(plan[:, 1] < 0, hi, plan[:, 1])
+    plan[:, 0], plan[:, 1] = (plan[:, 0] - lo).clamp(0, hi - lo), (stop - lo).clamp(0, hi - lo)
+    return plan

@@ -190,3 +190,30 @@ def test_float32_is_as_exact_as_the_slow_way_in_random_states(name, step):
 def test_float32_is_as_exact_as_the_slow_way_in_a_trained_state():
     pytest.importorskip("sklearn")
     assert_as_exact_as_the_slow_way(trained_state(), reached=1e-5)
+
+
+@pytest.mark.parametrize("outputs_per_task", [None, 2])
+def test_regularizer_without_stored_pre_activations(monkeypatch, outputs_per_task):
+    """Beyond its memory budget a snapshot stores no pre-activations: values and gradients are the same."""
+    monkeypatch.setattr("fasthyper.regularizer._BYTES_AT_ONCE", 500)  # a few tasks at a time
+    hnet = fh.ChunkedHypernet(
+        fh.nets.MLP(5, (6,), 8), 4, chunk_size=17, hidden=(5, 7), task_dim=3, chunk_dim=2, activation="elu",
+        outputs_per_task=outputs_per_task, dtype=torch.float64,
+    )  # fmt: skip
+    ahead = [p.detach() + 0.1 * torch.randn_like(p) for p in hnet.theta]
+    results = []
+    for budget in (1 << 28, 0):
+        regularizer = fh.OutputRegularizer(hnet, memory_budget=budget)
+        regularizer.snapshot(4)
+        assert bool(regularizer._pre0) == (budget > 0)
+        value, grads, grad_embeddings = regularizer.value_and_grad(ahead)
+        some = regularizer.penalty(ahead, tasks=[2, 0])
+        weighed = regularizer.penalty(ahead, importance=torch.ones(4, hnet.layout.num_weights, dtype=torch.float64))
+        results.append([value, *grads, grad_embeddings, some, weighed])
+    for stored, again in zip(*results, strict=True):
+        torch.testing.assert_close(stored, again, rtol=1e-10, atol=1e-12)
+
+
+def test_regularizer_names_unknown_precision():
+    with pytest.raises(ValueError, match="precision must be one of highest, high, medium"):
+        fh.OutputRegularizer(None, precision="half")
