@@ -19,13 +19,24 @@ LIBRARY.define(
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
-_ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
-_ADAM += ", float eps, float weight_decay, bool decoupled"
+_SETTINGS = "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
+_ADAM = f"Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, {_SETTINGS}"
 LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "_adam_ahead(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps,"
+    f" {_SETTINGS}) -> Tensor[]"
+)
+LIBRARY.define(
+    "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
+    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}) -> ()"
+)
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
-OPS = ("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
+OPS = (
+    *("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd"),
+    *("adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
+)
 
 
 @torch.library.register_fake("fasthyper::_output_drift_fwd", lib=LIBRARY)
@@ -58,12 +69,24 @@ def _adam_delta_bwd_fake(grad_delta, param, *_):
     return param.new_empty(param.shape), param.new_empty(param.shape)
 
 
+@torch.library.register_fake("fasthyper::_adam_ahead", lib=LIBRARY)
+def _adam_ahead_fake(params, *_):
+    return [param.new_empty(param.shape) for param in params]
+
+
+@torch.library.register_fake("fasthyper::_adam_step_", lib=LIBRARY)
+def _adam_step_fake(*_):
+    return None
+
+
 _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
 _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
+_adam_ahead = torch.ops.fasthyper._adam_ahead.default
+_adam_step_ = torch.ops.fasthyper._adam_step_.default
 
 
 class _OutputDrift(torch.autograd.Function):
@@ -300,6 +323,88 @@ def adam_delta(
     _check_shape("adam_delta", "step", step, ())
     settings = (lr, *betas, eps, weight_decay, decoupled)
     return _AdamDelta.apply(param, grad, exp_avg.detach(), exp_avg_sq.detach(), step, *settings)
+
+
+@torch.no_grad()
+def adam_ahead(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> list[Tensor]:
+    """``param + adam_delta(param, ...)`` for many parameters, in one pass over all (DESIGN E4); no graph is recorded.
+
+    Args:
+        params, grads: of any shapes, one dtype.
+        exp_avgs, exp_avg_sqs: moments before the step; both empty where all are 0.
+        steps: scalar tensors, number of steps taken before.
+        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+
+    Raises:
+        ValueError: lengths or shapes disagree.  TypeError: dtypes differ or are not float32 or float64.
+    """
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs} if exp_avgs or exp_avg_sqs else {}
+    _check_lists("adam_ahead", params, steps, grads=grads, **moments)
+    return _adam_ahead(params, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, decoupled)
+
+
+@torch.no_grad()
+def adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    more_grads: Sequence[Tensor],
+    scale: float,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> None:
+    """Takes the step of Adam on ``grads + scale * more_grads`` in place, in one pass over all (DESIGN E4).
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype; updated.
+        grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
+        steps: scalar tensors, number of steps taken before; one more afterwards.
+        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+
+    Raises:
+        ValueError: lengths or shapes disagree, or what is to be updated is not contiguous.
+        TypeError: dtypes differ or are not float32 or float64.
+    """
+    more = {"more_grads": more_grads} if more_grads else {}
+    _check_lists("adam_step_", params, steps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, **more)
+    for name, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        for i, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():
+                raise ValueError(f"adam_step_: {name}[{i}] is updated in place and must be contiguous")
+    settings = (lr, *betas, eps, weight_decay, decoupled)
+    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    for name, tensors in {"steps": steps, **lists}.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{op}: {len(params)} params, but {len(tensors)} {name}")
+    for i, param in enumerate(params):
+        if param.dtype in HALF:
+            raise TypeError(f"{op}: computes in float32 or float64, got {param.dtype}")
+        _check_dtypes(op, **{"params[0]": params[0], f"params[{i}]": param}, **{f"{k}[{i}]": v[i] for k, v in lists.items()})
+        for name, tensors in lists.items():
+            _check_shape(op, f"{name}[{i}]", tensors[i], param.shape)
+        _check_shape(op, f"steps[{i}]", steps[i], ())
 
 
 def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0):

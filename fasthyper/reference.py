@@ -202,6 +202,50 @@ def adam_delta_fwd(
     return delta - lr * weight_decay * param if decoupled and weight_decay else delta
 
 
+def adam_ahead(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *settings: float,
+) -> list[Tensor]:
+    """E4 for many parameters, each with its step added; without moments they are 0."""
+    exp_avgs, exp_avg_sqs = (
+        exp_avgs or [torch.zeros_like(p) for p in params],
+        exp_avg_sqs or [torch.zeros_like(p) for p in params],
+    )
+    states = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    return [state[0] + adam_delta_fwd(*state, *settings) for state in states]
+
+
+def adam_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    more_grads: list[Tensor],
+    scale: float,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """The step of E4 on ``grads + scale * more_grads``, taken: parameters, moments and counts change in place."""
+    if more_grads:
+        grads = [g + scale * more for g, more in zip(grads, more_grads, strict=True)]
+    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        l2 = grad if decoupled or not weight_decay else grad + weight_decay * param
+        delta = adam_delta_fwd(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, decoupled)
+        param.add_(delta)
+        exp_avg.mul_(beta1).add_(l2, alpha=1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(l2, l2, value=1 - beta2)
+        step.add_(1)
+
+
 def adam_delta_bwd(
     grad_delta: Tensor,
     param: Tensor,
