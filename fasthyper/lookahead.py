@@ -11,7 +11,6 @@ from torch import Tensor
 from fasthyper import ops
 
 _UNSUPPORTED = ("amsgrad", "maximize", "centered")
-_ZERO = torch.zeros(())
 
 
 def candidate_step(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -43,24 +42,16 @@ def candidate_step(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def look_ahead(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Where ``optimizer.step()`` would take its parameters: ``p + candidate_step(optimizer)``, for Adam in one pass.
 
-    Arguments and errors are those of ``candidate_step``; the tensors are new, but for parameters without a gradient.
+    Arguments and errors are those of ``candidate_step``. Adam's moments are made, as zeros, where there are none yet.
     """
     _rule(optimizer)
     if not _takes_ops(optimizer):
         return [p + delta for p, delta in zip(_parameters(optimizer), candidate_step(optimizer), strict=True)]
-    ahead = {}
+    ahead = {p: p.detach() for p in _parameters(optimizer)}
     for group in optimizer.param_groups:
-        params, grads = _with_grads(group)
-        states = [optimizer.state.get(p) for p in params]
-        moments: list[list[Tensor]] = [[], []]
-        steps = [_ZERO if state is None else state["step"] for state in states]
-        if any(states):
-            moments = [
-                [torch.zeros_like(p) if state is None else state[key] for p, state in zip(params, states, strict=True)]
-                for key in ("exp_avg", "exp_avg_sq")
-            ]
-        ahead |= zip(params, ops.adam_ahead(params, grads, *moments, steps, **_adam_settings(group)), strict=True)
-    return [ahead.get(p, p.detach()) for p in _parameters(optimizer)]
+        params, grads, *state = _adam_lists(optimizer, group)
+        ahead |= zip(params, ops.adam_ahead(params, grads, *state, **_adam_settings(group)), strict=True)
+    return list(ahead.values())
 
 
 @torch.no_grad()
@@ -74,19 +65,15 @@ def take_step(optimizer: torch.optim.Optimizer, more_grads: Sequence[Tensor] = (
     """
     if not _takes_ops(optimizer):
         if more_grads:
-            torch._foreach_add_([p.grad for p in _parameters(optimizer)], more_grads, alpha=scale)
+            for p, more in zip(_parameters(optimizer), more_grads, strict=True):
+                p.grad.add_(more, alpha=scale)  # type: ignore[union-attr]
         optimizer.step()
         return
-    more = dict(zip(_parameters(optimizer), more_grads, strict=True)) if more_grads else {}
+    more_of = dict(zip(_parameters(optimizer), more_grads, strict=True)) if more_grads else {}
     for group in optimizer.param_groups:
-        params, grads = _with_grads(group)
-        for p in params:
-            if not optimizer.state[p]:
-                zeros = torch.zeros_like(p), torch.zeros_like(p)
-                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-        moments = [[optimizer.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
-        more_grads = [more[p] for p in params] if more else []
-        ops.adam_step_(params, grads, more_grads, scale, *moments, **_adam_settings(group))
+        params, grads, *state = _adam_lists(optimizer, group)
+        more_in_group = [more_of[p] for p in params] if more_of else []
+        ops.adam_step_(params, grads, more_in_group, scale, *state, **_adam_settings(group))
 
 
 def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:
@@ -115,9 +102,16 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _with_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _adam_lists(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
+    """Of a group's parameters that have a gradient: they, the gradients, moments and counts of steps, for the ops."""
     params = [p for p in group["params"] if p.grad is not None]
-    return params, [p.grad for p in params]
+    for p in params:
+        if not optimizer.state[p]:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros(()), **zeros}
+    states = [optimizer.state[p] for p in params]
+    lists = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    return params, [p.grad for p in params], *lists
 
 
 def _adam_settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -208,15 +208,16 @@ def adam_ahead(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    *settings: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
 ) -> list[Tensor]:
-    """E4 for many parameters, each with its step added; without moments they are 0."""
-    exp_avgs, exp_avg_sqs = (
-        exp_avgs or [torch.zeros_like(p) for p in params],
-        exp_avg_sqs or [torch.zeros_like(p) for p in params],
-    )
+    """E4 for many parameters, each with its step added."""
     states = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    return [state[0] + adam_delta_fwd(*state, *settings) for state in states]
+    return [state[0] + adam_delta_fwd(*state, lr, beta1, beta2, eps, weight_decay, decoupled) for state in states]
 
 
 def adam_step_(

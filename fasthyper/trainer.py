@@ -293,7 +293,8 @@ class Trainer:
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        values, drift_grads = [loss.detach()], []
+        values: list[Tensor] = [loss.detach()]
+        drift_grads: list[Tensor] = []
         if now.record.index > 0 and self.beta > 0:
             ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
             value, drift_grads = self._drift(ahead, now.record)

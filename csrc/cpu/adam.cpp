@@ -31,15 +31,14 @@ struct Rule {
   scalar_t l2, decay, beta1, beta2, rest1, rest2, step_size, root_scale, eps;
 };
 
-// out = (whole: param +) the step; without moments they are 0
-template <typename scalar_t, bool moments, bool whole>
+// out = (whole: param +) the step
+template <typename scalar_t, bool whole>
 FASTHYPER_VECTOR_CLONES void ahead_range(int64_t length, const Rule<scalar_t> rule, const scalar_t* __restrict__ param,
                                          const scalar_t* __restrict__ grad, const scalar_t* __restrict__ exp_avg,
                                          const scalar_t* __restrict__ exp_avg_sq, scalar_t* __restrict__ out) {
   for (int64_t i = 0; i < length; ++i) {
     const scalar_t g = grad[i] + rule.l2 * param[i];
-    const scalar_t m = rule.first(moments ? exp_avg[i] : 0, g), v = rule.second(moments ? exp_avg_sq[i] : 0, g);
-    out[i] = (whole ? param[i] : 0) + rule.change(param[i], m, v);
+    out[i] = (whole ? param[i] : 0) + rule.change(param[i], rule.first(exp_avg[i], g), rule.second(exp_avg_sq[i], g));
   }
 }
 
@@ -81,23 +80,16 @@ std::vector<Rule<scalar_t>> rules(const std::vector<Tensor>& steps, Settings... 
   return out;
 }
 
-template <typename scalar_t>
-std::vector<const scalar_t*> starts_of(const std::vector<Tensor>& tensors) {
-  std::vector<const scalar_t*> out;
-  for (const Tensor& t : tensors) out.push_back(const_data<scalar_t>(t));
-  return out;
-}
-
 void make_contiguous(std::vector<Tensor>& tensors) {
   for (Tensor& t : tensors) t = torch::stable::contiguous(t);
 }
 
 // Pointers are taken from these without a look at what they point to
-void check_like(const std::vector<Tensor>& params, const std::vector<Tensor>& others, const char* what) {
-  STD_TORCH_CHECK(others.size() == params.size(), "adam: ", params.size(), " params, but ", others.size(), " ", what);
+void check_like(const std::vector<Tensor>& params, const std::vector<Tensor>& others, const char* name) {
+  STD_TORCH_CHECK(others.size() == params.size(), "adam: ", params.size(), " params, but ", others.size(), " ", name);
   for (size_t i = 0; i < params.size(); ++i)
-    STD_TORCH_CHECK(others[i].numel() == params[i].numel() && others[i].scalar_type() == params[0].scalar_type(), "adam: ",
-                    what, "[", i, "] differs from params[", i, "] in size or type");
+    STD_TORCH_CHECK(others[i].numel() == params[i].numel() && others[i].scalar_type() == params[0].scalar_type(),
+                    "adam: ", name, "[", i, "] differs from params[", i, "] in size or type");
 }
 
 template <bool whole>
@@ -107,24 +99,20 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
   NoGrad no_grad;
   std::vector<Tensor> outs;
   if (params.empty()) return outs;
-  const bool moments = !exp_avgs.empty();
+  check_like(params, params, "params");
   check_like(params, grads, "grads");
-  if (moments) check_like(params, exp_avgs, "exp_avgs");
-  if (moments) check_like(params, exp_avg_sqs, "exp_avg_sqs");
-  STD_TORCH_CHECK(steps.size() == params.size(), "adam: one step for each parameter");
+  check_like(params, exp_avgs, "exp_avgs");
+  check_like(params, exp_avg_sqs, "exp_avg_sqs");
+  STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
   for (std::vector<Tensor>* list : {&params, &grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
   for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
-    const auto p = starts_of<scalar_t>(params), g = starts_of<scalar_t>(grads);
-    const auto m = starts_of<scalar_t>(exp_avgs), v = starts_of<scalar_t>(exp_avg_sqs);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
-      scalar_t* out = data<scalar_t>(outs[i]) + lo;
-      if (moments)
-        ahead_range<scalar_t, true, whole>(hi - lo, rule[i], p[i] + lo, g[i] + lo, m[i] + lo, v[i] + lo, out);
-      else
-        ahead_range<scalar_t, false, whole>(hi - lo, rule[i], p[i] + lo, g[i] + lo, nullptr, nullptr, out);
+      ahead_range<scalar_t, whole>(hi - lo, rule[i], const_data<scalar_t>(params[i]) + lo,
+                                   const_data<scalar_t>(grads[i]) + lo, const_data<scalar_t>(exp_avgs[i]) + lo,
+                                   const_data<scalar_t>(exp_avg_sqs[i]) + lo, data<scalar_t>(outs[i]) + lo);
     });
   });
   return outs;
@@ -147,11 +135,12 @@ void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   NoGrad no_grad;
   if (params.empty()) return;
   const bool more = !more_grads.empty();
+  check_like(params, params, "params");
   check_like(params, grads, "grads");
   if (more) check_like(params, more_grads, "more_grads");
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
-  STD_TORCH_CHECK(steps.size() == params.size(), "adam: one step for each parameter");
+  STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
   for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs})
     for (const Tensor& t : *list) STD_TORCH_CHECK(t.is_contiguous(), "adam: what is updated in place must be contiguous");
   make_contiguous(grads);
@@ -159,14 +148,11 @@ void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
-    const auto g = starts_of<scalar_t>(grads), g2 = starts_of<scalar_t>(more_grads);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
-      scalar_t *p = data<scalar_t>(params[i]) + lo, *m = data<scalar_t>(exp_avgs[i]) + lo,
-               *v = data<scalar_t>(exp_avg_sqs[i]) + lo;
-      if (more)
-        step_range<scalar_t, true>(hi - lo, rule[i], scale, g[i] + lo, g2[i] + lo, p, m, v);
-      else
-        step_range<scalar_t, false>(hi - lo, rule[i], scale, g[i] + lo, nullptr, p, m, v);
+      const auto step = more ? step_range<scalar_t, true> : step_range<scalar_t, false>;
+      step(hi - lo, rule[i], scale, const_data<scalar_t>(grads[i]) + lo,
+           more ? const_data<scalar_t>(more_grads[i]) + lo : nullptr, data<scalar_t>(params[i]) + lo,
+           data<scalar_t>(exp_avgs[i]) + lo, data<scalar_t>(exp_avg_sqs[i]) + lo);
     });
   });
   for (const Tensor& step : steps) dispatch_floating(step, "adam", [&](auto zero) { *data<decltype(zero)>(step) += 1; });
