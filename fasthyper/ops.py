@@ -18,7 +18,7 @@ LIBRARY.define(
     " Tensor gram0, Tensor weight, Tensor plan, int activation) -> (Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
-LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
+LIBRARY.define("_generate_bwd(Tensor[] grads, Tensor h, Tensor basis) -> (Tensor, Tensor)")
 _SETTINGS = "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
 _ADAM = f"Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, {_SETTINGS}"
 LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
@@ -55,7 +55,7 @@ def _generate_fwd_fake(h, basis, num_weights):
 
 
 @torch.library.register_fake("fasthyper::_generate_bwd", lib=LIBRARY)
-def _generate_bwd_fake(grad, h, basis):
+def _generate_bwd_fake(grads, h, basis):
     return h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
@@ -135,11 +135,8 @@ class _Generate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         h, basis = ctx.saved_tensors
-        parts = [
-            h.new_zeros(shape.numel()) if grad is None else grad.reshape(-1)
-            for grad, shape in zip(grads, ctx.shapes, strict=True)
-        ]
-        grad_h, grad_basis = _generate_bwd(torch.cat(parts), h, basis)
+        grads = [h.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+        grad_h, grad_basis = _generate_bwd(grads, h, basis)
         return grad_h, grad_basis, None
 
 

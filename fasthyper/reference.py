@@ -170,8 +170,9 @@ def generate_fwd(h_NH: Tensor, basis_SK: Tensor, num_weights: int) -> Tensor:
     return torch.addmm(basis_SK[:, width], h_NH, basis_SK[:, :width].T).flatten()[:num_weights]
 
 
-def generate_bwd(grad_P: Tensor, h_NH: Tensor, basis_SK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of E3 for the features, (dW) V_H, and for the basis, (dW)' [h | 1]."""
+def generate_bwd(grads: list[Tensor], h_NH: Tensor, basis_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of E3 for the features, (dW) V_H, and for the basis, (dW)' [h | 1]; dW lies in parts, end to end."""
+    grad_P = torch.cat([grad.flatten() for grad in grads])
     (num_chunks, width), chunk_size = h_NH.shape, basis_SK.shape[0]
     padding = num_chunks * chunk_size - grad_P.numel()
     grad_NS = torch.nn.functional.pad(grad_P, (0, padding)).view(num_chunks, chunk_size)
