@@ -6,7 +6,7 @@
 namespace fasthyper {
 namespace {
 
-constexpr int64_t kTile = 1 << 16;  // elements of the gradient that are gathered at a time
+constexpr int64_t kTile = 1 << 17;  // elements of the gradient that are gathered at a time
 
 // [h | 1]: the bias column of the basis then needs no pass of its own
 Tensor with_bias(const Tensor& h) {
