@@ -80,7 +80,7 @@ def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:
     """Adam or AdamW itself, on the CPU, without the options that the ops do not know."""
     return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
         not any(group[option] for option in ("amsgrad", "maximize", "capturable", "differentiable"))
-        and all(p.device.type == "cpu" and p.is_contiguous() for p in group["params"])
+        and all(p.is_cpu and p.is_contiguous() for p in group["params"])
         for group in optimizer.param_groups
     )
 
