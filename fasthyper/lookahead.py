@@ -1,7 +1,8 @@
-"""Candidate steps: what an optimizer would do next, without doing it (DESIGN E4)."""
+"""Candidate steps: what an optimizer would do next, without doing it, and then the step itself (DESIGN E4)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,64 @@ def candidate_step(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     Raises:
         TypeError: another optimizer.  ValueError: amsgrad, maximize or centered.
     """
+    rule = _rule(optimizer)
+    with torch.no_grad():
+        return [
+            torch.zeros_like(p) if p.grad is None else rule(p, p.grad, optimizer.state.get(p, {}), group)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+
+
+@torch.no_grad()
+def look_ahead(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Where ``optimizer.step()`` would take its parameters: ``p + candidate_step(optimizer)``, for Adam in one pass.
+
+    Arguments and errors are those of ``candidate_step``. Adam's moments are made, as zeros, where there are none yet.
+    """
+    _rule(optimizer)
+    if not _takes_ops(optimizer):
+        return [p + delta for p, delta in zip(_parameters(optimizer), candidate_step(optimizer), strict=True)]
+    ahead = {p: p.detach() for p in _parameters(optimizer)}
+    for group in optimizer.param_groups:
+        params, grads, *state = _adam_lists(optimizer, group)
+        ahead |= zip(params, ops.adam_ahead(params, grads, *state, **_adam_settings(group)), strict=True)
+    return list(ahead.values())
+
+
+@torch.no_grad()
+def take_step(optimizer: torch.optim.Optimizer, more_grads: Sequence[Tensor] = (), scale: float = 1.0) -> None:
+    """``optimizer.step()`` on ``p.grad + scale * more_grads``, for Adam in one pass over gradients, moments and parameters.
+
+    Args:
+        optimizer: any of ``torch.optim``; its state is what ``step()`` would leave.
+        more_grads: one per parameter, all of which then have a ``.grad``; or none at all.
+        scale: factor of ``more_grads``.
+    """
+    if not _takes_ops(optimizer):
+        if more_grads:
+            for p, more in zip(_parameters(optimizer), more_grads, strict=True):
+                p.grad.add_(more, alpha=scale)  # type: ignore[union-attr]
+        optimizer.step()
+        return
+    more_of = dict(zip(_parameters(optimizer), more_grads, strict=True)) if more_grads else {}
+    for group in optimizer.param_groups:
+        params, grads, *state = _adam_lists(optimizer, group)
+        more_in_group = [more_of[p] for p in params] if more_of else []
+        ops.adam_step_(params, grads, more_in_group, scale, *state, **_adam_settings(group))
+
+
+def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:
+    """Adam or AdamW itself, on the CPU, without the options that the ops do not know."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+        not any(group[option] for option in ("amsgrad", "maximize", "capturable", "differentiable"))
+        and all(p.is_cpu and p.is_contiguous() for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _rule(optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+    """How this optimizer steps; raises as ``candidate_step`` says."""
     rule = next((rule for optimizer_class, rule in _RULES.items() if isinstance(optimizer, optimizer_class)), None)
     if rule is None:
         known = ", ".join(optimizer_class.__name__ for optimizer_class in _RULES)
@@ -36,12 +95,29 @@ def candidate_step(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         for option in _UNSUPPORTED:
             if group.get(option):
                 raise ValueError(f"no candidate step for {type(optimizer).__name__} with {option}=True")
-    with torch.no_grad():
-        return [
-            torch.zeros_like(p) if p.grad is None else rule(p, p.grad, optimizer.state.get(p, {}), group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ]
+    return rule
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _adam_lists(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
+    """Of a group's parameters that have a gradient: they, the gradients, moments and counts of steps, for the ops."""
+    params = [p for p in group["params"] if p.grad is not None]
+    for p in params:
+        if not optimizer.state[p]:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros(()), **zeros}
+    states = [optimizer.state[p] for p in params]
+    lists = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    return params, [p.grad for p in params], *lists
+
+
+def _adam_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as the ops name them."""
+    options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return {**options, "decoupled": group["decoupled_weight_decay"]}
 
 
 def _adam(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -52,11 +128,7 @@ def _adam(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, A
         state["exp_avg"],
         state["exp_avg_sq"],
         state["step"],
-        lr=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=group["decoupled_weight_decay"],
+        **_adam_settings(group),
     )
 
 

@@ -22,17 +22,25 @@ LIBRARY.define(
     " Tensor plan) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
-LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
-_ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
-_ADAM += ", float eps, float weight_decay, bool decoupled"
+LIBRARY.define("_generate_bwd(Tensor[] grads, Tensor h, Tensor basis) -> (Tensor, Tensor)")
+_SETTINGS = "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
+_ADAM = f"Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, {_SETTINGS}"
 LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "_adam_ahead(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps,"
+    f" {_SETTINGS}) -> Tensor[]"
+)
+LIBRARY.define(
+    "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
+    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}) -> ()"
+)
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = (
     *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
-    *("adam_delta_fwd", "adam_delta_bwd"),
+    *("adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
 )
 
 
@@ -57,7 +65,7 @@ def _generate_fwd_fake(h, basis, num_weights):
 
 
 @torch.library.register_fake("fasthyper::_generate_bwd", lib=LIBRARY)
-def _generate_bwd_fake(grad, h, basis):
+def _generate_bwd_fake(grads, h, basis):
     return h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
@@ -71,6 +79,16 @@ def _adam_delta_bwd_fake(grad_delta, param, *_):
     return param.new_empty(param.shape), param.new_empty(param.shape)
 
 
+@torch.library.register_fake("fasthyper::_adam_ahead", lib=LIBRARY)
+def _adam_ahead_fake(params, *_):
+    return [param.new_empty(param.shape) for param in params]
+
+
+@torch.library.register_fake("fasthyper::_adam_step_", lib=LIBRARY)
+def _adam_step_fake(*_):
+    return None
+
+
 _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
 _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _target_drift_fwd = torch.ops.fasthyper._target_drift_fwd.default
@@ -78,6 +96,8 @@ _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
+_adam_ahead = torch.ops.fasthyper._adam_ahead.default
+_adam_step_ = torch.ops.fasthyper._adam_step_.default
 
 
 class _OutputDrift(torch.autograd.Function):
@@ -142,11 +162,8 @@ class _Generate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         h, basis = ctx.saved_tensors
-        parts = [
-            h.new_zeros(shape.numel()) if grad is None else grad.reshape(-1)
-            for grad, shape in zip(grads, ctx.shapes, strict=True)
-        ]
-        grad_h, grad_basis = _generate_bwd(torch.cat(parts), h, basis)
+        grads = [h.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+        grad_h, grad_basis = _generate_bwd(grads, h, basis)
         return grad_h, grad_basis, None
 
 
@@ -403,6 +420,92 @@ def adam_delta(
     _check_shape("adam_delta", "step", step, ())
     settings = (lr, *betas, eps, weight_decay, decoupled)
     return _AdamDelta.apply(param, grad, exp_avg.detach(), exp_avg_sq.detach(), step, *settings)
+
+
+@torch.no_grad()
+def adam_ahead(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> list[Tensor]:
+    """``param + adam_delta(param, ...)`` for many parameters, in one pass over all (DESIGN E4); no graph is recorded.
+
+    Args:
+        params, grads: of any shapes, one dtype.
+        exp_avgs, exp_avg_sqs: moments before the step, shaped like the parameters.
+        steps: scalar tensors, number of steps taken before.
+        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+
+    Raises:
+        ValueError: lengths or shapes disagree.  TypeError: dtypes differ or are not float32 or float64.
+    """
+    _check_lists("adam_ahead", params, steps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    return _adam_ahead(params, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, decoupled)
+
+
+@torch.no_grad()
+def adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    more_grads: Sequence[Tensor],
+    scale: float,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> None:
+    """Takes the step of Adam on ``grads + scale * more_grads`` in place, in one pass over all (DESIGN E4).
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype; updated.
+        grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
+        steps: scalar tensors, number of steps taken before; one more afterwards.
+        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+
+    Raises:
+        ValueError: lengths or shapes disagree, or what is to be updated is not contiguous.
+        TypeError: dtypes differ or are not float32 or float64.
+    """
+    more = {"more_grads": more_grads} if more_grads else {}
+    _check_lists("adam_step_", params, steps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, **more)
+    for name, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        for i, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():
+                raise ValueError(f"adam_step_: {name}[{i}] is updated in place and must be contiguous")
+    settings = (lr, *betas, eps, weight_decay, decoupled)
+    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    for name, tensors in {"steps": steps, **lists}.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{op}: {len(params)} params, but {len(tensors)} {name}")
+    for i, param in enumerate(params):
+        like = param.shape, param.dtype, param.device
+        if all((t[i].shape, t[i].dtype, t[i].device) == like for t in lists.values()) and param.dtype == params[0].dtype:
+            continue  # what follows finds the words, which takes longer than a small step
+        _check_dtypes(op, **{"params[0]": params[0], f"params[{i}]": param}, **{f"{k}[{i}]": t[i] for k, t in lists.items()})
+        for name, tensors in lists.items():
+            _check_shape(op, f"{name}[{i}]", tensors[i], param.shape)
+    for i, step in enumerate(steps):
+        if step.dim():
+            _check_shape(op, f"steps[{i}]", step, ())
+    if params and params[0].dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: computes in float32 or float64, got {params[0].dtype}")
 
 
 def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, weight, gram0):

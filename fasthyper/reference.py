@@ -234,8 +234,9 @@ def generate_fwd(h_NH: Tensor, basis_SK: Tensor, num_weights: int) -> Tensor:
     return torch.addmm(basis_SK[:, width], h_NH, basis_SK[:, :width].T).flatten()[:num_weights]
 
 
-def generate_bwd(grad_P: Tensor, h_NH: Tensor, basis_SK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of E3 for the features, (dW) V_H, and for the basis, (dW)' [h | 1]."""
+def generate_bwd(grads: list[Tensor], h_NH: Tensor, basis_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of E3 for the features, (dW) V_H, and for the basis, (dW)' [h | 1]; dW lies in parts, end to end."""
+    grad_P = torch.cat([grad.flatten() for grad in grads])
     (num_chunks, width), chunk_size = h_NH.shape, basis_SK.shape[0]
     padding = num_chunks * chunk_size - grad_P.numel()
     grad_NS = torch.nn.functional.pad(grad_P, (0, padding)).view(num_chunks, chunk_size)
@@ -264,6 +265,51 @@ def adam_delta_fwd(
     bias1, bias2 = _bias_corrections(step, beta1, beta2, grad.dtype)
     delta = -(lr / bias1) * m / ((v / bias2).sqrt() + eps)
     return delta - lr * weight_decay * param if decoupled and weight_decay else delta
+
+
+def adam_ahead(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> list[Tensor]:
+    """E4 for many parameters, each with its step added."""
+    states = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    return [state[0] + adam_delta_fwd(*state, lr, beta1, beta2, eps, weight_decay, decoupled) for state in states]
+
+
+def adam_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    more_grads: list[Tensor],
+    scale: float,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """The step of E4 on ``grads + scale * more_grads``, taken: parameters, moments and counts change in place."""
+    if more_grads:
+        grads = [g + scale * more for g, more in zip(grads, more_grads, strict=True)]
+    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        l2 = grad if decoupled or not weight_decay else grad + weight_decay * param
+        delta = adam_delta_fwd(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, decoupled)
+        param.add_(delta)
+        exp_avg.mul_(beta1).add_(l2, alpha=1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(l2, l2, value=1 - beta2)
+        step.add_(1)
 
 
 def adam_delta_bwd(

@@ -17,7 +17,7 @@ from fasthyper.environment import environment
 from fasthyper.errors import CheckpointError, NonFiniteLossError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.interrupt import deferred_interrupt
-from fasthyper.lookahead import candidate_step
+from fasthyper.lookahead import look_ahead, take_step
 from fasthyper.metrics import Results, TaskRecord, peak_memory
 from fasthyper.progress import training_bar
 from fasthyper.regularizer import OutputRegularizer
@@ -288,23 +288,20 @@ class Trainer:
 
     def _step(self, now: _TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One update; returns the task loss and the drift (NaN without one) before it."""
-        index, drift = now.record.index, math.nan
-        loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), index), y)
-        loss_value = self._check_finite("loss", loss.item(), now.record)
         parameters = [*now.held, now.embedding]
+        loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), now.record.index), y)
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        if index > 0 and self.beta > 0:
-            ahead = [p.detach() for p in now.held]
-            if self.lookahead:
-                ahead = [p + delta for p, delta in zip(ahead, candidate_step(now.held_optimizer), strict=True)]
+        values: list[Tensor] = [loss.detach()]
+        drift_grads: list[Tensor] = []
+        if now.record.index > 0 and self.beta > 0:
+            ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
             value, drift_grads = self._drift(ahead, now.record)
-            drift = self._check_finite("drift", value.item(), now.record)
-            for parameter, grad in zip(now.held, drift_grads, strict=True):
-                parameter.grad.add_(grad, alpha=self.beta)  # type: ignore[union-attr]
-        now.held_optimizer.step()
-        now.embedding_optimizer.step()
+            values.append(value)
+        loss_value, drift = self._finite(values, now.record)
+        take_step(now.held_optimizer, drift_grads, self.beta)
+        take_step(now.embedding_optimizer)
         return loss_value, drift
 
     def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> tuple[Tensor, list[Tensor]]:
@@ -321,13 +318,17 @@ class Trainer:
             grads = [*grads, *table]
         return value, grads
 
-    def _check_finite(self, what: str, value: float, record: TaskRecord) -> float:
-        if not math.isfinite(value):
-            kept = f"; the last checkpoint in {self.out} is untouched" if self.out else ""
-            raise NonFiniteLossError(
-                f"{what} is {value} at task {record.index}, step {record.steps}: lower lr or beta, or look at the data{kept}"
-            )
-        return value
+    def _finite(self, values: list[Tensor], record: TaskRecord) -> tuple[float, float]:
+        """Loss and drift, if there is one, as numbers: the step's one read from the device."""
+        numbers = torch.stack(values).tolist()
+        for what, number in zip(("loss", "drift"), numbers, strict=False):
+            if not math.isfinite(number):
+                kept = f"; the last checkpoint in {self.out} is untouched" if self.out else ""
+                raise NonFiniteLossError(
+                    f"{what} is {number} at task {record.index}, step {record.steps}: "
+                    f"lower lr or beta, or look at the data{kept}"
+                )
+        return numbers[0], numbers[1] if len(numbers) > 1 else math.nan
 
 
 class _TaskInTraining:

@@ -216,6 +216,30 @@ def test_stops_at_a_loss_that_is_not_finite_and_keeps_parameters(tmp_path):
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
 
 
+@pytest.mark.parametrize("what", ["loss", "drift"])
+def test_a_step_that_is_not_finite_changes_nothing(what, monkeypatch):
+    stream, trainer = toy_stream(), fh.Trainer(toy_hnet(), lr=0.01, beta=0.2, progress=False)
+    trainer.fit(stream[0], steps=3, batch_size=8)
+    step, kept = trainer._step, {}
+
+    def spoiled(now, x, y):
+        if now.record.steps == 2:
+            kept.update(parameters=copy.deepcopy(list(trainer.hnet.parameters())), state=copy.deepcopy(now.tensors()))
+            if what == "loss":
+                x = torch.full_like(x, math.inf)
+            else:
+                drift = trainer._drift
+                monkeypatch.setattr(trainer, "_drift", lambda *args: (torch.tensor(math.nan), drift(*args)[1]))
+        return step(now, x, y)
+
+    monkeypatch.setattr(trainer, "_step", spoiled)
+    with pytest.raises(fh.NonFiniteLossError, match=f"{what} is nan at task 1, step 2: lower lr"):
+        trainer.fit(stream[1], steps=5, batch_size=8)
+    assert all(torch.equal(p, k) for p, k in zip(trainer.hnet.parameters(), kept["parameters"], strict=True))
+    state = trainer._current.tensors()
+    assert state.keys() == kept["state"].keys() and all(torch.equal(state[k], kept["state"][k]) for k in state)
+
+
 def test_quick_start_of_the_readme_runs_verbatim(tmp_path, monkeypatch):
     """The code block as it stands; only the data and the number of steps are made small."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

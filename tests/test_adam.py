@@ -1,0 +1,180 @@
+"""Adam's look-ahead and step in one pass each, against torch's optimizers; what they leave as the optimizer's state."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from conftest import TOL
+
+from fasthyper import ops
+from fasthyper.lookahead import look_ahead, take_step
+
+SIZES = [(3, 7), (0,), (), (40_001,), (2, 5)]
+SCALE = 0.3
+OPTIMIZERS = {
+    "adam": (torch.optim.Adam, {}),
+    "adam-decay": (torch.optim.Adam, {"weight_decay": 0.3, "betas": (0.7, 0.95), "eps": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.3}),
+    "adamw-fused": (torch.optim.AdamW, {"weight_decay": 0.3, "fused": True}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
+SETTINGS = {"l2": (0.1, 0.7, 0.95, 1e-2, 0.3, False), "decoupled": (0.1, 0.9, 0.999, 1e-8, 0.3, True)}
+
+
+def tensors(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES]
+
+
+def strided(tensors):
+    """The same numbers, every other element of something larger."""
+    return [torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in tensors]
+
+
+def make(name, dtype=torch.float64):
+    """An optimizer over two groups of parameters."""
+    optimizer_class, options = OPTIMIZERS[name]
+    params = [t.requires_grad_() for t in tensors(dtype)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+    return params, optimizer_class(groups, lr=0.05, **options)
+
+
+def assert_close(found, wanted, tolerance):
+    for have, want in zip(found, wanted, strict=True):
+        assert have.shape == want.shape and oracle.relative_error(have.detach(), want.detach()) <= tolerance
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_looks_ahead_and_steps_as_torch_does(name):
+    (params, optimizer), (wanted, theirs) = make(name), make(name)
+    for step in range(25):
+        grads, more = tensors(seed=2 * step + 1), tensors(seed=2 * step + 2)
+        for p, q, grad in zip(params, wanted, strided(grads), strict=True):
+            p.grad, q.grad = grad, grad.clone()
+        if name != "amsgrad":
+            rehearsal = copy.deepcopy(theirs)
+            for group, copied in zip(theirs.param_groups, rehearsal.param_groups, strict=True):
+                for q, c in zip(group["params"], copied["params"], strict=True):
+                    c.grad = q.grad
+            rehearsal.step()
+            ahead = [p for group in rehearsal.param_groups for p in group["params"]]
+            before = copy.deepcopy(params)
+            assert_close(look_ahead(optimizer), ahead, 1e-12)
+            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        take_step(optimizer, strided(more), SCALE)
+        for q, grad in zip(wanted, more, strict=True):
+            q.grad += SCALE * grad
+        theirs.step()
+        assert_close(params, wanted, 1e-12)
+    state, want = optimizer.state_dict()["state"], theirs.state_dict()["state"]
+    assert state.keys() == want.keys()
+    for i, entries in want.items():
+        assert state[i].keys() == entries.keys()
+        for key, value in entries.items():
+            if value is not None:
+                assert state[i][key].dtype == value.dtype
+                assert_close([state[i][key]], [value], 1e-12)
+
+
+def test_torch_goes_on_from_the_state_that_is_left(dtype):
+    (params, optimizer), (wanted, theirs) = make("adamw", dtype), make("adamw", dtype)
+    for step in range(6):
+        for p, q, grad in zip(params, wanted, tensors(dtype, step), strict=True):
+            p.grad, q.grad = grad, grad.clone()
+        take_step(optimizer) if step % 2 else optimizer.step()
+        theirs.step()
+    assert_close(params, wanted, TOL["adam_delta", dtype])
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_parameter_without_gradient_stays(name):
+    params, optimizer = make(name)
+    for p, grad in zip(params[::2], tensors(seed=1)[::2], strict=True):
+        p.grad = grad
+    before, ahead = copy.deepcopy(params), look_ahead(optimizer)
+    take_step(optimizer)
+    assert_close(ahead, params, 1e-12)
+    assert all(torch.equal(p, b) for p, b in zip(params[1::2], before[1::2], strict=True))
+    assert not torch.equal(params[0], before[0])
+
+
+def test_look_ahead_refuses_what_it_cannot_foresee():
+    with pytest.raises(ValueError, match="no candidate step for Adam with amsgrad=True"):
+        look_ahead(make("amsgrad")[1])
+    with pytest.raises(TypeError, match="no candidate step for Adagrad"):
+        look_ahead(torch.optim.Adagrad([torch.ones(3, requires_grad=True)]))
+
+
+def test_a_step_is_seen_by_graphs_made_before():
+    params, optimizer = make("adam")
+    loss = sum((p**2).sum() for p in params)
+    loss.backward(retain_graph=True)
+    take_step(optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def arguments(dtype=torch.float64):
+    params, grads, more, exp_avgs = (tensors(dtype, seed) for seed in range(4))
+    exp_avg_sqs, steps = [t.square() for t in tensors(dtype, 4)], [torch.tensor(float(i)) for i in range(len(SIZES))]
+    return params, grads, more, exp_avgs, exp_avg_sqs, steps
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("with_more", [True, False], ids=["more", "alone"])
+def test_adam_ops_are_the_delta_applied(implementation, settings, with_more, dtype):
+    params, grads, more, *state = arguments(dtype)
+    total = [g + SCALE * m for g, m in zip(grads, more, strict=True)] if with_more else grads
+    tolerance = TOL["adam_delta", dtype]
+    want = [p + implementation.adam_delta_fwd(p, g, *s, *settings) for p, g, *s in zip(params, total, *state, strict=True)]
+    assert_close(implementation.adam_ahead(params, strided(total), *state, *settings), want, tolerance)
+    counts = [step.item() for step in state[2]]
+    implementation.adam_step_(params, strided(grads), strided(more) if with_more else [], SCALE, *state, *settings)
+    assert_close(params, want, tolerance)
+    assert [step.item() for step in state[2]] == [count + 1 for count in counts]
+
+
+def test_adam_ops_take_no_parameters_at_all(implementation):
+    assert implementation.adam_ahead([], [], [], [], [], *SETTINGS["l2"]) == []
+    implementation.adam_step_([], [], [], 1.0, [], [], [], *SETTINGS["l2"])
+
+
+def test_adam_ops_opcheck(dtype):
+    params, grads, more, *state = arguments(dtype)
+    torch.library.opcheck(torch.ops.fasthyper._adam_ahead.default, (params, grads, *state, *SETTINGS["l2"]))
+    for more_or_none in (more, []):
+        inputs = (params, grads, more_or_none, SCALE, *state, *SETTINGS["decoupled"])
+        torch.library.opcheck(torch.ops.fasthyper._adam_step_.default, inputs)
+
+
+def test_adam_ops_compile_in_one_graph():
+    def ahead_then_step(params, grads, more, *state):
+        ahead = torch.ops.fasthyper._adam_ahead(params, grads, *state, *SETTINGS["l2"])
+        torch.ops.fasthyper._adam_step_(params, grads, more, SCALE, *state, *SETTINGS["l2"])
+        return ahead
+
+    found, want = arguments(), arguments()
+    torch._dynamo.reset()
+    ahead = torch.compile(ahead_then_step, fullgraph=True, backend="aot_eager")(*found)
+    assert_close(ahead, ahead_then_step(*want), 1e-12)
+    for have, wanted in zip(found, want, strict=True):
+        assert_close(have, wanted, 1e-12)
+
+
+def test_adam_ops_name_what_is_wrong():
+    params, grads, more, *state = arguments()
+    with pytest.raises(ValueError, match="adam_ahead: 5 params, but 4 grads"):
+        ops.adam_ahead(params, grads[1:], *state, lr=0.1)
+    with pytest.raises(ValueError, match=r"adam_step_: more_grads\[0\] must have shape \[3, 7\], got \[7, 3\]"):
+        ops.adam_step_(params, grads, [more[0].T, *more[1:]], 1.0, *state, lr=0.1)
+    with pytest.raises(TypeError, match=r"grads\[3\] is torch.float32, params\[0\] is torch.float64"):
+        ops.adam_ahead(params, [*grads[:3], grads[3].float(), grads[4]], *state, lr=0.1)
+    with pytest.raises(TypeError, match="adam_ahead: computes in float32 or float64, got torch.bfloat16"):
+        ops.adam_ahead([params[0].bfloat16()], [grads[0].bfloat16()], *([t[0].bfloat16()] for t in state), lr=0.1)
+    with pytest.raises(ValueError, match=r"steps\[0\] must have shape \[\], got \[1\]"):
+        ops.adam_ahead(params, grads, *state[:2], [state[2][0][None], *state[2][1:]], lr=0.1)
+    with pytest.raises(ValueError, match=r"params\[0\] is updated in place and must be contiguous"):
+        ops.adam_step_(strided(params), grads, more, 1.0, *state, lr=0.1)
