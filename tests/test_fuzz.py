@@ -186,7 +186,7 @@ def adam_delta(draw: Draw) -> Call:
     param, grad, exp_avg = (values(draw, *size).abs() for _ in range(3))  # of one sign: where terms cancel digits go
     settings = {
         "lr": draw(st.sampled_from([0.0, 1e-3, 1.0])),
-        "betas": draw(st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0)])),
+        "betas": draw(st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.5)])),
         "eps": draw(st.sampled_from([1e-8, 1e-2])),
         "weight_decay": draw(st.sampled_from([0.0, 0.25])),
         "decoupled": draw(st.booleans()),
@@ -288,9 +288,9 @@ def test_fuzz_shows_what_is_not_finite(draw_call, dtype, data, bad):
 
 @every_op
 @hypothesis.given(data=st.data())
-def test_fuzz_refuses_wrong_shapes_and_dtypes(draw_call, dtype, data):
+def test_fuzz_refuses_wrong_shapes_and_dtypes(draw_call, data):
     call = draw_call(data.draw)
-    laid, _, _ = prepare(data.draw, call, dtype)
+    laid, _, _ = prepare(data.draw, call, torch.float32)
     name = data.draw(st.sampled_from(sorted(laid)))
     tensor, wrong = laid[name], data.draw(st.sampled_from(["dtype", "dimension", "size"]))
     if wrong == "dtype":
