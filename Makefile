@@ -45,7 +45,7 @@ sanitize: $(VENV)/.dev
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(CURDIR)/build/sanitize FASTHYPER_BACKEND=cpp; \
 	(cd build && python -c 'import fasthyper; assert "build/sanitize" in fasthyper.__file__, fasthyper.__file__') && \
-	pytest $(SANITIZED:%=tests/test_%.py)
+	pytest --capture=sys -k 'not reference-' $(SANITIZED:%=tests/test_%.py)
 
 bench: $(VENV)/.dev
 	pytest bench --benchmark-json=bench/results/cpu.json
