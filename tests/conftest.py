@@ -15,7 +15,7 @@ PROFILE = hypothesis.settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 hypothesis.settings.register_profile("fasthyper", PROFILE)
-hypothesis.settings.register_profile("long", PROFILE, derandomize=False, max_examples=2000)
+hypothesis.settings.register_profile("long", PROFILE, derandomize=False, max_examples=500)
 hypothesis.settings.load_profile("fasthyper")
 
 # Relative error against the float64 oracle, norm over norm.
