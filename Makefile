@@ -1,4 +1,4 @@
-# make demo: train ten tasks and write a report.   make test: everything that CI checks.
+# make demo: train ten tasks and write a report.   make test: everything that CI checks.   make sanitize: checked C++.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard csrc/*.cpp csrc/cpu/*)
 
-.PHONY: demo test lint types cpp reference pure bench readme clean
+SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
+
+.PHONY: demo test lint types cpp reference pure sanitize bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
@@ -35,6 +37,15 @@ pure: $(VENV)/.dev
 	FASTHYPER_BUILD=none build/pure/bin/python -m pip install -q --no-build-isolation --no-deps --ignore-installed .
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -c 'import fasthyper; assert "not built" in fasthyper.backends()["cpu"]'
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. ../tests
+
+# the op tests on an extension of its own, whose every access to memory and every overflow is checked; make test leaves it out
+sanitize: $(VENV)/.dev
+	FASTHYPER_BUILD=sanitize $(BIN)/python setup.py -q build --build-temp build/sanitize/objects --build-lib build/sanitize
+	export LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so`" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(CURDIR)/build/sanitize FASTHYPER_BACKEND=cpp; \
+	(cd build && python -c 'import fasthyper; assert "build/sanitize" in fasthyper.__file__, fasthyper.__file__') && \
+	pytest --capture=sys -k 'not reference-' $(SANITIZED:%=tests/test_%.py)
 
 bench: $(VENV)/.dev
 	pytest bench --benchmark-json=bench/results/cpu.json

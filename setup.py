@@ -1,4 +1,5 @@
-"""Builds fasthyper._C against the installed torch: FASTHYPER_BUILD = auto (warn and go on) | cpu (fail loudly) | none."""
+"""Builds fasthyper._C against the installed torch: FASTHYPER_BUILD = auto (warn and go on) | cpu (fail loudly) | none |
+sanitize (cpu under AddressSanitizer and UndefinedBehaviorSanitizer, see the Makefile)."""
 
 import glob
 import os
@@ -7,21 +8,27 @@ import warnings
 from setuptools import setup
 
 BUILD = os.environ.get("FASTHYPER_BUILD", "auto")
+MUST = BUILD in ("cpu", "sanitize")
+SANITIZE = ["-fsanitize=address,undefined"] if BUILD == "sanitize" else []
+# Python's own flags hold -fwrapv, under which an overflow is not reported
+CHECKED = ["-O1", "-g", "-fno-wrapv", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-D_GLIBCXX_ASSERTIONS"]
+OPTIMIZE = CHECKED if SANITIZE else ["-O3"]
+FLAGS = ["-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # built once, loads under torch 2.11 and later
 
 
 def extension():
     """Keyword arguments for setup(), or nothing where the extension is not wanted or cannot be built."""
-    if BUILD not in ("auto", "cpu", "none"):
-        raise SystemExit(f"FASTHYPER_BUILD={BUILD!r} is not known; set it to auto, cpu or none")
+    if BUILD not in ("auto", "cpu", "none", "sanitize"):
+        raise SystemExit(f"FASTHYPER_BUILD={BUILD!r} is not known; set it to auto, cpu, none or sanitize")
     if BUILD == "none":
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        if BUILD == "cpu":
+        if MUST:
             raise SystemExit(
-                f"FASTHYPER_BUILD=cpu needs torch installed first ({error}), and --no-build-isolation"
+                f"FASTHYPER_BUILD={BUILD} needs torch installed first ({error}), and --no-build-isolation"
             ) from error
         warnings.warn(
             "torch is not installed here: pure-Python install. To compile, install torch, then "
@@ -35,7 +42,7 @@ def extension():
             try:
                 super().run()
             except Exception as error:  # a compiler fails in many ways; in auto none of them may stop the install
-                if BUILD == "cpu":
+                if MUST:
                     raise
                 warnings.warn(f"the C++ extension was not built, the slow reference will run: {error}", stacklevel=2)
 
@@ -44,7 +51,8 @@ def extension():
         "fasthyper._C",
         sources,
         depends=glob.glob("csrc/cpu/*.h"),
-        extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", STABLE_ABI],
+        extra_compile_args=[*OPTIMIZE, *SANITIZE, *FLAGS, STABLE_ABI],
+        extra_link_args=SANITIZE,
         py_limited_api=True,
         define_macros=[("Py_LIMITED_API", "0x030A0000")],
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,9 +29,21 @@ def _bind(choice: str) -> None:
     if choice == "triton":
         raise ImportError("FASTHYPER_BACKEND=triton: this version has no Triton kernels; use auto, cpp or reference")
     for op in ops.OPS:
-        ops.LIBRARY.impl(f"_{op}", torch.no_grad()(getattr(reference, op)), "CompositeExplicitAutograd")
+        ops.LIBRARY.impl(f"_{op}", _plain(getattr(reference, op)), "CompositeExplicitAutograd")
     _bound["cpu"] = _bind_cpu(choice)
     _bound["cuda"] = "reference (no CUDA kernels in this version)"
+
+
+def _plain(op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` without a graph, and in the dtypes that it is given also where the caller has autocast on."""
+
+    @functools.wraps(op)
+    def run(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return run
 
 
 def _bind_cpu(choice: str) -> str:

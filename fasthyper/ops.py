@@ -376,6 +376,8 @@ def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple
     _check_shape("generate", "basis", basis, ("S", h.shape[1] + 1))
     sizes = tuple(torch.Size(shape) for shape in shapes)
     total, chunk_size = sum(size.numel() for size in sizes), basis.shape[0]
+    if chunk_size == 0:
+        raise ValueError("generate: basis must have at least one row")
     if not (h.shape[0] - 1) * chunk_size < total <= h.shape[0] * chunk_size:
         raise ValueError(
             f"generate: {total} target weights in chunks of {chunk_size} need {-(-total // chunk_size)} chunks, got "

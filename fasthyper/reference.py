@@ -38,12 +38,12 @@ def output_drift_fwd(
     num_tasks, num_chunks, width = dh_TNH.shape
     value = torch.zeros((), dtype=torch.float64, device=dh_TNH.device)
     grad_h_TNH, grad_basis_SK = torch.zeros_like(dh_TNH), torch.zeros_like(basis_SK)
-    one_TN1 = torch.ones_like(dh_TNH[..., :1])
+    one_TN1 = dh_TNH.new_ones(num_tasks, num_chunks, 1)
     x_TNM = torch.cat([dh_TNH, h0_TNH, one_TN1], -1)
     y_SM = torch.cat([basis_SK[:, :width], basis_SK - basis0_SK], -1)
     for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, direct in plan.tolist():
-        _check_rectangle(task_lo, task_hi, num_tasks, chunk_lo, chunk_hi, num_chunks, col_lo, col_hi, len(y_SM))
         tasks = slice(task_lo, num_tasks if task_hi < 0 else task_hi)
+        _check_rectangle(task_lo, tasks.stop, num_tasks, chunk_lo, chunk_hi, num_chunks, col_lo, col_hi, len(y_SM))
         chunks = slice(chunk_lo, chunk_hi)
         x_RM, y_CM = x_TNM[tasks, chunks].flatten(0, 1), y_SM[col_lo:col_hi]
         w_R1 = weight_T[tasks].repeat_interleave(chunk_hi - chunk_lo)[:, None]
@@ -176,7 +176,7 @@ def _cells(
 
 def gram0(h0_TNH: Tensor, weight_T: Tensor, plan: Tensor) -> Tensor:
     """H*'W H* with H* = [H* | 1] for each rectangle in Gram form, float64 ``[B, K, K]``: a constant of a task."""
-    ha0_TNK = torch.cat([h0_TNH, torch.ones_like(h0_TNH[..., :1])], -1)
+    ha0_TNK = torch.cat([h0_TNH, h0_TNH.new_ones(*h0_TNH.shape[:2], 1)], -1)
     grams = torch.zeros(len(plan), ha0_TNK.shape[-1], ha0_TNK.shape[-1], dtype=torch.float64, device=h0_TNH.device)
     for gram, (task_lo, task_hi, chunk_lo, chunk_hi, *_, direct) in zip(grams, plan.tolist(), strict=True):
         if not direct:
@@ -188,7 +188,7 @@ def gram0(h0_TNH: Tensor, weight_T: Tensor, plan: Tensor) -> Tensor:
 
 def _check_rectangle(*bounds: int) -> None:
     for lo, hi, size in zip(bounds[::3], bounds[1::3], bounds[2::3], strict=True):
-        if not 0 <= lo <= (size if hi < 0 else hi) <= size:
+        if not 0 <= lo <= hi <= size:
             raise RuntimeError(f"output_drift: a rectangle of the plan, [{lo}, {hi}), leaves the grid [0, {size})")
 
 

@@ -10,9 +10,12 @@ import torch
 
 from fasthyper import ops, reference
 
-hypothesis.settings.register_profile(
-    "fasthyper", deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+# the same examples each time; --hypothesis-profile=long draws new ones
+PROFILE = hypothesis.settings(
+    deadline=None, derandomize=True, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
+hypothesis.settings.register_profile("fasthyper", PROFILE)
+hypothesis.settings.register_profile("long", PROFILE, derandomize=False, max_examples=500)
 hypothesis.settings.load_profile("fasthyper")
 
 # Relative error against the float64 oracle, norm over norm.

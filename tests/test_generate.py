@@ -111,6 +111,8 @@ def test_generate_names_what_is_wrong():
         ops.generate(h, basis, [(30,)])
     with pytest.raises(ValueError, match=r"generate: basis must have shape \[S, 4\], got \[6, 3\]"):
         ops.generate(h, basis[:, :3], [(20,)])
+    with pytest.raises(ValueError, match="generate: basis must have at least one row"):
+        ops.generate(h, basis[:0], [(20,)])
     with pytest.raises(TypeError, match="basis is torch.float32, h is torch.float64"):
         ops.generate(h, basis.float(), [(20,)])
     assert ops.generate(h.bfloat16(), basis.bfloat16(), [(20,)])[0].dtype == torch.float32

@@ -181,7 +181,7 @@ def test_output_drift_names_what_is_wrong():
         ops.output_drift(dh, basis, h0, basis0, plan.float())
 
 
-@pytest.mark.parametrize("column, value", [(1, 4), (0, 4), (3, 9), (5, 7), (4, -1), (2, 6)])
+@pytest.mark.parametrize("column, value", [(1, 4), (0, 4), (3, 9), (3, -1), (5, 7), (5, -1), (4, -1), (2, 6)])
 def test_output_drift_refuses_a_plan_that_leaves_the_grid(implementation, column, value):
     case = cases.DriftCase("bad", 3, 25, 6, 3)
     plan = drift_plan(Layout(24, 6), range(3), 3)
