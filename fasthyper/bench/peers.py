@@ -30,9 +30,8 @@ Call = Callable[[], Any]
 
 
 class Side:
-    """One contender. ``regularizer()`` gives value and gradients at a looked-ahead theta, ``step()`` takes one training step.
-
-    ``prepare(what)`` sets one of them up, snapshot or stored targets included, and must come first.
+    """One contender. Of its two calls, ``regularizer`` returns the value and the gradients at a looked-ahead theta, ``step``
+    takes a training step and returns loss and drift; ``prepare`` sets one of them up, snapshot or stored targets included.
     """
 
     name: str
@@ -104,13 +103,16 @@ class Eager(Side):
 
     name = "eager"
     stored_per_weight = 5.0
-    compiled: Callable[[Call], Call] = staticmethod(lambda function: function)  # type: ignore[assignment]
+
+    @staticmethod
+    def compiled(function: Any) -> Any:
+        return function
 
     def prepare(self, what: str) -> Call:
         chunk_embeddings, *layers, basis = (p.detach().clone() for p in self.hnet.theta)
         self.theta = [chunk_embeddings, *layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()]
         self.embeddings = torch.stack([e.detach() for e in self.hnet.task_embeddings])
-        self.activation = {"relu": F.relu, "elu": F.elu}[self.hnet.config["activation"]]
+        self.activation = getattr(F, self.hnet.config["activation"])
         self.module, self.names = self.hnet.target.module, self.hnet.target.names
         self.shapes, self.sizes = self.hnet.target.shapes, [shape.numel() for shape in self.hnet.target.shapes]
         with torch.no_grad():
@@ -146,7 +148,7 @@ class Eager(Side):
             with torch.no_grad():
                 ahead = self.candidates(theta, grads, *moments, bias1, bias2)
             value, held_grads = self._value_and_grads([p.requires_grad_() for p in ahead])
-            torch._foreach_add_(grads, held_grads, alpha=self.workload.beta)
+            torch._foreach_add_(grads, list(held_grads), alpha=self.workload.beta)
             for parameter, grad in zip(theta, grads, strict=True):
                 parameter.grad = grad
             optimizer.step()
@@ -172,7 +174,7 @@ class Eager(Side):
 
     def _value_and_grads(self, theta: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         value = self.penalty(theta)
-        return value.detach(), torch.autograd.grad(value, theta, materialize_grads=True, allow_unused=True)
+        return value.detach(), torch.autograd.grad(value, list(theta), materialize_grads=True, allow_unused=True)
 
     def _task_loss(self, theta: Sequence[Tensor], embedding: Tensor, x: Tensor, y: Tensor) -> Tensor:
         parts = self._weights(theta, embedding[None])[0].split(self.sizes)
@@ -198,7 +200,10 @@ class Eager(Side):
 
 class Compiled(Eager):
     name = "compile"
-    compiled = staticmethod(lambda function: torch.compile(function, fullgraph=True, dynamic=False))  # type: ignore[assignment]
+
+    @staticmethod
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 SIDES: dict[str, type[Side]] = {side.name: side for side in (Ours, Hypnettorch, Eager, Compiled)}
@@ -221,7 +226,7 @@ def peer_of(hnet: ChunkedHypernet) -> tuple[Any, Any]:
     from hypnettorch.hnets import HMLP, ChunkedHMLP
     from hypnettorch.mnets import MLP, ResNet
 
-    config, target = hnet.config, hnet.target.module.config
+    config, target = hnet.config, nets.describe(hnet.target.module)["config"]
     if isinstance(hnet.target.module, nets.MLP):
         mnet = MLP(target["num_inputs"], target["num_outputs"], target["hidden"], no_weights=True, verbose=False)
     else:
@@ -250,16 +255,17 @@ def peer_of(hnet: ChunkedHypernet) -> tuple[Any, Any]:
 def in_its_order(hnet: ChunkedHypernet, theta: Sequence[Tensor]) -> list[Tensor]:
     """Tensors shaped like our theta as hypnettorch's ``unconditional_params``."""
     chunk_embeddings, *layers, basis = theta
-    first, *rest = *layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()
+    first, *rest = [*layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()]
     first = first.roll(-hnet.config["task_dim"], 1)
     return [first, *rest, *([] if hnet.config["chunk_size"] is None else [chunk_embeddings])]
 
 
 def in_our_order(hnet: ChunkedHypernet, theirs: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of ``in_its_order``."""
-    first, *rest = theirs
+    rest = list(theirs)
+    first = rest.pop(0).roll(hnet.config["task_dim"], 1)
     chunk_embeddings = hnet.chunk_embeddings.detach() if hnet.config["chunk_size"] is None else rest.pop()
-    *layers, weight, bias = first.roll(hnet.config["task_dim"], 1), *rest
+    *layers, weight, bias = [first, *rest]
     return [chunk_embeddings, *layers, torch.cat([weight, bias[:, None]], 1)]
 
 
@@ -268,7 +274,7 @@ class PeerTrainer:
 
     def __init__(self, hnet: ChunkedHypernet, *, lr: float, beta: float, eps: float = 1e-8):
         self.mnet, self.peer = peer_of(hnet)
-        self.settings = {"lr": lr, "eps": eps}
+        self.settings: dict[str, Any] = {"lr": lr, "eps": eps}
         self.beta = beta
 
     def begin(self, task: int) -> None:

@@ -19,8 +19,8 @@ WHATS = ("regularizer", "step")  # what is measured
 class Workload:
     """A target and a hypernetwork.
 
-    ``target`` is as ``nets.build`` takes it, ``hnet`` the keyword arguments of ``ChunkedHypernet``. ``tasks``: numbers of past
-    tasks to measure at; ``regularizer_tasks``: more of them, for the regularizer alone.
+    ``target`` is as ``nets.build`` takes it, ``hnet`` the keyword arguments of ``ChunkedHypernet``. ``tasks``: numbers of
+    past tasks to measure at; ``regularizer_tasks``: more of them, for the regularizer alone.
     """
 
     name: str

@@ -49,9 +49,10 @@ class ResNet(nn.Module):
         self.n = n
         maps = [num_channels, widths[0], *(width for width in widths[1:] for _ in range(2 * n))]
         self.norms = nn.ModuleList(nn.BatchNorm2d(width, track_running_stats=False) for width in maps[1:])
-        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=bias) for i, o in pairwise(maps))
-        for group in (1, 2):
-            self.convolutions[1 + 2 * n * group].stride = (2, 2)
+        strides = [2 if index in (1 + 2 * n, 1 + 4 * n) else 1 for index in range(len(maps) - 1)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride, padding=1, bias=bias) for (i, o), stride in zip(pairwise(maps), strides, strict=True)
+        )
         self.head = nn.Linear(widths[-1], num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class ResNet(nn.Module):
 
     def _shortcut(self, index: int, x: Tensor) -> Tensor:
         """``x`` with every second pixel and, on both sides, empty maps added where the block changes its shape."""
-        convolution = self.convolutions[index]
+        convolution: Any = self.convolutions[index]
         if convolution.stride == (1, 1) and convolution.in_channels == convolution.out_channels:
             return x
         more = convolution.out_channels - convolution.in_channels
