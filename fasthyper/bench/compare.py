@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from fasthyper.bench.costs import Shapes
-from fasthyper.bench.measure import interleaved, too_much
+from fasthyper.bench.measure import interleaved, reason_not_to
 from fasthyper.bench.memory import peak_memory
-from fasthyper.bench.peers import OURS, SIDES, missing
+from fasthyper.bench.peers import OURS, SIDES
 from fasthyper.bench.predict import Predictor
 from fasthyper.bench.show import megabytes, milliseconds
 from fasthyper.bench.workloads import Workload
 
 BOTH = (OURS, "hypnettorch")
-COLUMNS = ["past tasks", f"{OURS}: step", "memory", "hypnettorch: step", "memory", "ratio"]
+COLUMNS = ["", f"{OURS}: step", "memory", "hypnettorch: step", "memory", "ratio"]
 
 
 def compare(
@@ -29,7 +28,6 @@ def compare(
     ``seconds``: about how long measuring may take; a side whose step is predicted to take more than a sixth of it is not
     measured. ``None`` measures nothing.
     """
-    shapes = predictor.shapes
     row: dict[str, Any] = {"past": past}
     for side in BOTH:
         predicted = {"seconds": predictor.seconds(side, past, "step"), "memory": predictor.memory(side, past)}
@@ -40,8 +38,7 @@ def compare(
     calls = {}
     for side in BOTH:
         slow = row[side]["predicted"]["seconds"] > seconds / 6
-        reason = missing(side) or too_much(shapes, past, "step", SIDES[side], predictor)
-        reason = reason or ("a step is predicted to take too long" if slow else None)
+        reason = reason_not_to(predictor, past, "step", side) or ("a step is predicted to take too long" if slow else None)
         if reason:
             row[side]["skipped"] = reason
             continue
@@ -66,10 +63,11 @@ def compare(
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table under ``COLUMNS``."""
-    shown = [f"{row['past']}"]
+    shown = [f"{row['past']} past tasks"]
     for side in BOTH:
         entry = row[side]
-        step, memory = (f"{milliseconds(entry['predicted']['seconds'])}", f"{megabytes(entry['predicted']['memory'])}")
+        predicted = entry["predicted"]
+        step, memory = milliseconds(predicted["seconds"]), megabytes(predicted["memory"])
         if "measured" in entry:
             found = entry["measured"]
             step += f"\nmeasured {milliseconds(found['seconds'])}: {100 * found['error']:+.0f} % off"
@@ -81,7 +79,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [*shown, f"{row['ratio']:.1f}×{measured}"]
 
 
-def shapes_and_rows(
+def compare_all(
     workload: Workload,
     tasks: Sequence[int],
     *,
@@ -91,7 +89,7 @@ def shapes_and_rows(
 ) -> list[dict[str, Any]]:
     """A row for each number of past tasks, each given to ``add`` when it is there."""
     say("measuring this machine")
-    predictor, rows = Predictor(Shapes.of(workload)), []
+    predictor, rows = Predictor(workload), []
     for past in tasks:
         rows.append(compare(workload, past, predictor, seconds=seconds, say=say))
         add(rows[-1])

@@ -136,10 +136,11 @@ def loop_work(shapes: Shapes, past: int) -> Work:
     """Of the regularizer as a loop over tasks: each makes its weights forward and two products backward.
 
     Bytes: some twenty passes over each task's P weights (make, split, lay end to end, subtract, square, add, and back), and
-    in the backward pass of the split a gradient of size P per tensor, filled with zeros and added up.
+    in the backward pass of the split a gradient of size P per tensor, filled with zeros and added up; theta is read twice,
+    and its gradient made and added to what earlier tasks gave.
     """
     macs = 3 * past * shapes.num_chunks * (_layers(shapes) + shapes.chunk_size * shapes.width)
-    return Work(macs, FLOAT * past * shapes.num_weights * (20 + 4 * shapes.num_tensors))
+    return Work(macs, FLOAT * past * (shapes.num_weights * (20 + 4 * shapes.num_tensors) + 6 * shapes.num_theta))
 
 
 def loop_step_work(shapes: Shapes, past: int) -> Work:

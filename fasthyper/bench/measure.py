@@ -15,7 +15,7 @@ from fasthyper.bench import machine as machines
 from fasthyper.bench.costs import Shapes, Work, drift_work, step_work
 from fasthyper.bench.machine import Machine
 from fasthyper.bench.memory import peak_memory
-from fasthyper.bench.peers import OURS, SIDES, Side, missing
+from fasthyper.bench.peers import OURS, SIDES, missing
 from fasthyper.bench.predict import Predictor
 from fasthyper.bench.workloads import Workload
 from fasthyper.errors import FasthyperError
@@ -61,17 +61,18 @@ def measure(
     Raises:
         ParityError: a peer's value, gradients or losses are not ours.
     """
-    shapes = Shapes.of(workload)
-    peers: dict[str, dict[str, Any]] = {name: {} for name in against}
-    predictor = Predictor(shapes)
-    for name, entry in peers.items():
-        reason = missing(name) or too_much(shapes, past, what, SIDES[name], predictor)
-        if reason:
-            entry["skipped"] = reason
-    runnable = [name for name, entry in peers.items() if not entry]
-    for name in runnable:
+    predictor = Predictor(workload)
+    peers: dict[str, dict[str, Any]] = {}
+    for name in against:
         say(f"checking {name}")
-        check_parity(workload, past, what, name)
+        reason = reason_not_to(predictor, past, what, name)
+        if reason is None:
+            try:
+                check_parity(workload, past, what, name)
+            except RuntimeError as error:  # out of memory, no compiler for torch.compile
+                reason = f"fails here: {' '.join(str(error).split())[:200]}"
+        peers[name] = {"skipped": reason} if reason else {}
+    runnable = [name for name, entry in peers.items() if not entry]
 
     say("setting up")
     calls = {name: SIDES[name](workload, past).prepare(what) for name in (OURS, *runnable)}
@@ -81,7 +82,7 @@ def measure(
         times = interleaved(calls, seconds)
     del calls
     ours = quartiles(times[OURS])
-    work = work_of(shapes, past, what)
+    work = work_of(predictor.shapes, past, what)
     row: dict[str, Any] = {
         "what": what,
         "workload": workload.name,
@@ -105,13 +106,17 @@ def measure(
     return row
 
 
-def too_much(shapes: Shapes, past: int, what: str, side: type[Side], predictor: Predictor) -> str | None:
-    """Why a side should not be run on this machine; ``None`` if it may."""
-    needed, free = int(side.stored_per_weight * 4 * past * shapes.num_weights), machines.available_memory()
+def reason_not_to(predictor: Predictor, past: int, what: str, name: str) -> str | None:
+    """Why a side cannot or should not be run on this machine; ``None`` if it may."""
+    reason = missing(name)
+    if reason:
+        return reason
+    needed = int(SIDES[name].stored_per_weight * 4 * past * predictor.shapes.num_weights)
+    free = machines.available_memory()
     if free is not None and needed > 0.8 * free:
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    if side.name == "hypnettorch":
-        seconds = predictor.seconds("hypnettorch", past, what)
+    if name == "hypnettorch":
+        seconds = predictor.seconds(name, past, what)
         if seconds > SLOW:
             return f"a call would take about {seconds:.0f} s"
     return None

@@ -75,7 +75,7 @@ class Ours(Side):
 
 class Hypnettorch(Side):
     name = package = "hypnettorch"
-    stored_per_weight = 4.0
+    stored_per_weight = 5.5
 
     def prepare(self, what: str) -> Call:
         from hypnettorch.utils import hnet_regularizer as hreg
@@ -102,7 +102,7 @@ class Eager(Side):
     """The weights of all old tasks at once, and autograd."""
 
     name = "eager"
-    stored_per_weight = 5.0
+    stored_per_weight = 4.5
 
     @staticmethod
     def compiled(function: Any) -> Any:
@@ -201,6 +201,10 @@ class Eager(Side):
 class Compiled(Eager):
     name = "compile"
 
+    def prepare(self, what: str) -> Call:
+        torch._dynamo.reset()  # each side compiles the same lines anew, and dynamo gives up after eight times
+        return super().prepare(what)
+
     @staticmethod
     def compiled(function: Any) -> Any:
         return torch.compile(function, fullgraph=True, dynamic=False)
@@ -255,17 +259,16 @@ def peer_of(hnet: ChunkedHypernet) -> tuple[Any, Any]:
 def in_its_order(hnet: ChunkedHypernet, theta: Sequence[Tensor]) -> list[Tensor]:
     """Tensors shaped like our theta as hypnettorch's ``unconditional_params``."""
     chunk_embeddings, *layers, basis = theta
-    first, *rest = [*layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()]
-    first = first.roll(-hnet.config["task_dim"], 1)
-    return [first, *rest, *([] if hnet.config["chunk_size"] is None else [chunk_embeddings])]
+    layers = [*layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()]
+    layers[0] = layers[0].roll(-hnet.config["task_dim"], 1)
+    return [*layers, *([] if hnet.config["chunk_size"] is None else [chunk_embeddings])]
 
 
 def in_our_order(hnet: ChunkedHypernet, theirs: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of ``in_its_order``."""
-    rest = list(theirs)
-    first = rest.pop(0).roll(hnet.config["task_dim"], 1)
+    first, *rest = theirs
     chunk_embeddings = hnet.chunk_embeddings.detach() if hnet.config["chunk_size"] is None else rest.pop()
-    *layers, weight, bias = [first, *rest]
+    *layers, weight, bias = [torch.roll(first, hnet.config["task_dim"], 1), *rest]
     return [chunk_embeddings, *layers, torch.cat([weight, bias[:, None]], 1)]
 
 

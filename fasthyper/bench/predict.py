@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from statistics import median
 
+import torch
+
 from fasthyper.bench import machine
 from fasthyper.bench.costs import FLOAT, Shapes, Work, drift_work, loop_work, task_work
+from fasthyper.bench.workloads import Workload
 
 # host time, in small calls under autograd: of the regularizer; of a step and per tensor of the target; of an old task in the
 # loop and per tensor: there 75 + 13 calls were counted, and the Python around one takes five times as long as the call
 DRIFT_CALLS, STEP_CALLS, LOOP_CALLS = 300, (600, 50), (5 * 75, 5 * 13)
+ROW_TILE, COLUMN_TILE = 1024, 4096  # of the C++ kernels
 
 
 class Predictor:
     """Times and memory of ours and of the loop over tasks; rates are measured when first needed."""
 
-    def __init__(self, shapes: Shapes):
-        self.shapes = shapes
+    def __init__(self, workload: Workload):
+        self.workload, self.shapes = workload, Shapes.of(workload)
 
     def seconds(self, side: str, past: int, what: str) -> float:
         """Of one call: multiply-adds, bytes and host calls one after the other, each at its measured rate."""
@@ -28,20 +33,24 @@ class Predictor:
             work, rate, calls = drift_work(shapes, past), self.gram_rate, DRIFT_CALLS
         seconds = self._seconds(work, rate) + calls * self.call_seconds
         if what == "step":
-            seconds += self._seconds(task_work(shapes), self.chunk_rate) + self._calls(STEP_CALLS) * self.call_seconds
+            seconds += self._seconds(task_work(replace(shapes, target_macs=0)), self.chunk_rate) + self.target_seconds
+            seconds += self._calls(STEP_CALLS) * self.call_seconds
         return seconds
 
     def memory(self, side: str, past: int) -> int:
         """Bytes that holding the past tasks takes: what is stored, and what one call holds at its worst moment.
 
-        Ours stores theta and the trunk's pre-activations, and makes two tensors of theta's size; the loop stores all
-        weights, and its graph holds them twice more (made, and less the stored ones), with the chunks' padding.
+        Ours stores theta and the trunk's pre-activations, makes two tensors of theta's size, and packs tiles of rows and
+        columns per thread; the loop stores all weights, and its graph holds them four times more, once with the chunks'
+        padding.
         """
-        shapes = self.shapes
+        shapes, full = self.shapes, 2 * self.shapes.width + 1
         if side == "hypnettorch":
             padded = shapes.num_chunks * shapes.chunk_size
-            return FLOAT * (past * (2 * shapes.num_weights + padded) + 2 * shapes.num_theta)
-        return FLOAT * (past * shapes.num_chunks * sum(shapes.hidden) + 3 * shapes.num_theta)
+            return FLOAT * (past * (4 * shapes.num_weights + padded) + 2 * shapes.num_theta)
+        tiles = 2 * COLUMN_TILE * full + ROW_TILE * (3 * full + sum(2 * width + 1 for width in shapes.hidden)) + 8 * full**2
+        rows = past * shapes.num_chunks * sum(shapes.hidden)
+        return FLOAT * (rows + 3 * shapes.num_theta + torch.get_num_threads() * tiles)
 
     @cached_property
     def chunk_rate(self) -> float:
@@ -57,8 +66,15 @@ class Predictor:
 
     @cached_property
     def copy_rate(self) -> float:
-        """Bytes per second of copying a task's weights."""
-        return machine.fresh_copy_rate(FLOAT * self.shapes.num_weights, median)
+        """Bytes per second of copying something of the size of a task's weights, or of theta if that is larger."""
+        return machine.fresh_copy_rate(FLOAT * max(self.shapes.num_weights, self.shapes.num_theta), median)
+
+    @cached_property
+    def target_seconds(self) -> float:
+        """Of the target's forward and backward pass over a batch."""
+        (x, _), target = self.workload.batch(), self.workload.build_target()
+        parameters = list(target.parameters())
+        return machine.timed(lambda: torch.autograd.grad(target(x).sum(), parameters), median)
 
     @cached_property
     def call_seconds(self) -> float:

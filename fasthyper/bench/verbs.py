@@ -100,7 +100,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from fasthyper.bench.compare import COLUMNS, cells, shapes_and_rows
+    from fasthyper.bench.compare import COLUMNS, cells, compare_all
     from fasthyper.bench.show import Board
 
     workload = _configuration(args)
@@ -108,7 +108,7 @@ def _compare(args: argparse.Namespace) -> None:
         facts = environment()
         title = f"{workload.name} on {_title(facts)}"
         with Board(COLUMNS, enabled=not args.json, title=title) as board:
-            rows = shapes_and_rows(
+            rows = compare_all(
                 workload,
                 sorted(set(args.tasks)),
                 seconds=args.seconds if args.measure else None,
