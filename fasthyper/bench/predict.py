@@ -41,16 +41,15 @@ class Predictor:
         """Bytes that holding the past tasks takes: what is stored, and what one call holds at its worst moment.
 
         Ours stores theta and the trunk's pre-activations, makes two tensors of theta's size, and packs tiles of rows and
-        columns per thread; the loop stores all weights, and its graph holds them four times more, once with the chunks'
-        padding.
+        columns per thread. The loop stores all weights, its graph holds as many differences and the trunk's activations, and
+        one task under way takes some tensors of the size of its weights and of theta.
         """
         shapes, full = self.shapes, 2 * self.shapes.width + 1
+        features = past * shapes.num_chunks * sum(shapes.hidden)
         if side == "hypnettorch":
-            padded = shapes.num_chunks * shapes.chunk_size
-            return FLOAT * (past * (4 * shapes.num_weights + padded) + 2 * shapes.num_theta)
+            return FLOAT * (2 * past * shapes.num_weights + 2 * features + 4 * shapes.num_weights + 6 * shapes.num_theta)
         tiles = 2 * COLUMN_TILE * full + ROW_TILE * (3 * full + sum(2 * width + 1 for width in shapes.hidden)) + 8 * full**2
-        rows = past * shapes.num_chunks * sum(shapes.hidden)
-        return FLOAT * (rows + 3 * shapes.num_theta + torch.get_num_threads() * tiles)
+        return FLOAT * (features + 3 * shapes.num_theta + torch.get_num_threads() * tiles)
 
     @cached_property
     def chunk_rate(self) -> float:
