@@ -1,26 +1,20 @@
-"""The whole training step, look-ahead on, against the paper's loop over hypnettorch; parity before a time counts."""
+"""The whole training step, look-ahead on, against the paper's loop and the other peers; parity before a time counts."""
 
 import pytest
-from peer import PeerTrainer
-from workloads import CASES
+import torch
 
-import fasthyper as fh
+from fasthyper.bench.memory import peak_memory
+from fasthyper.bench.workloads import CASES
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the peer's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
-PARITY_STEPS, PARITY = 3, 1e-2  # losses and drifts of the first steps; float32, and two Adams that round differently
+MEMORY = ("p100", 100)  # where the memory of a step is measured too
 
 
-@pytest.mark.parametrize(("workload", "past"), CASES, ids=lambda case: getattr(case, "name", case))
-def bench_step(against, workload, past):
-    settings = {"lr": 1e-4, "beta": workload.beta}
-    x, y = workload.batch()
-    peer = PeerTrainer(workload.build(past), **settings)
-    peer.begin(past)
-    trainer = fh.Trainer(workload.build(past), progress=False, **settings)
-    current = trainer._begin(past, "")
-
-    for _ in range(PARITY_STEPS):
-        ours, theirs = trainer._step(current, x, y), peer.step(x, y)
-        assert ours == pytest.approx(theirs, rel=PARITY, abs=1e-12)
-    against(lambda: trainer._step(current, x, y), lambda: peer.step(x, y), what="step", workload=workload.name, past=past)
+@pytest.mark.parametrize(("workload", "past"), CASES["step"], ids=lambda case: getattr(case, "name", case))
+def bench_step(against, benchmark, workload, past):
+    against(workload, past, "step")
+    if (workload.name, past) == MEMORY:
+        benchmark.extra_info["memory"] = {
+            side: peak_memory(workload, past, "step", side, torch.get_num_threads()) for side in ("fasthyper", "hypnettorch")
+        }

@@ -1,58 +1,90 @@
-"""How a peer is timed beside us, and what every results file says about its machine."""
+"""How the peers are timed beside us, and what every results file says about its machine."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 
 import fasthyper.environment
+from fasthyper.bench.costs import Shapes
+from fasthyper.bench.measure import check_parity, compared, quartiles, reason_not_to, work_of
+from fasthyper.bench.peers import OURS, PEERS, SIDES
+from fasthyper.bench.predict import Predictor
 
-ROUNDS, SECONDS = (7, 41), 40.0  # fewest and most rounds, and the time after which no more are added
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=40.0, help="about how long each case is timed")
+    parser.addoption("--against", default=",".join(PEERS), help=f"peers, of {','.join(PEERS)}")
+
+
+ROUNDS = (7, 41)  # fewest, unless --seconds is short, and most
 
 
 @pytest.fixture
-def against(benchmark):
-    """``against(ours, peer, **facts)``: times both in turn in one run, and keeps the ratio of medians with its spread."""
+def against(benchmark, request):
+    """``against(workload, past, what)``: times ours and its peers in turn in one run, and keeps ratios with their spread."""
+    seconds = request.config.getoption("--seconds")
+    names = request.config.getoption("--against").split(",")
 
-    def run(ours: Callable[[], object], peer: Callable[[], object], **facts: object) -> None:
-        peer_seconds: list[float] = []
+    def run(workload, past, what):
+        predictor, peers = Predictor(workload), {}
+        for name in names:
+            reason = reason_not_to(predictor, past, what, name)
+            peers[name] = {"skipped": reason} if reason else {}
+        runnable = [name for name, entry in peers.items() if not entry]
+        for name in runnable:
+            check_parity(workload, past, what, name)
+        ours, *others = (SIDES[name](workload, past).prepare(what) for name in (OURS, *runnable))
+        times = {name: [] for name in runnable}
 
-        def peer_goes_first() -> None:
+        def peers_go_first():
+            for name, peer in zip(runnable, others, strict=True):
+                began = time.perf_counter()
+                peer()
+                times[name].append(time.perf_counter() - began)
+
+        for _ in range(2):  # warm
             began = time.perf_counter()
-            peer()
-            peer_seconds.append(time.perf_counter() - began)
-
-        began = time.perf_counter()
-        for function in (peer, ours, peer, ours):  # warm
-            function()
-        rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / (time.perf_counter() - began) * 2)))
-        benchmark.pedantic(ours, setup=peer_goes_first, rounds=rounds)
+            peers_go_first()
+            ours()
+            a_round = time.perf_counter() - began
+        for taken in times.values():
+            taken.clear()
+        fewest = min(ROUNDS[0], max(2, int(seconds)))
+        benchmark.pedantic(ours, setup=peers_go_first, rounds=max(fewest, min(ROUNDS[1], int(seconds / a_round))))
         our_seconds = list(benchmark.stats.stats.data)
-        ratios = sorted(theirs / mine for theirs, mine in zip(peer_seconds, our_seconds, strict=True))
+        for name in runnable:
+            peers[name] = compared(our_seconds, times[name])
+        work = work_of(Shapes.of(workload), past, what)
         benchmark.extra_info.update(
-            facts,
-            ours=_quartiles(our_seconds),
-            peer=_quartiles(peer_seconds),
-            ratio=statistics.median(peer_seconds) / statistics.median(our_seconds),
-            ratio_quartiles=[ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+            what=what,
+            workload=workload.name,
+            past=past,
+            ours=quartiles(our_seconds),
+            peers=peers,
+            macs=work.macs,
+            bytes=work.num_bytes,
         )
+        if "median" in (loop := peers.get("hypnettorch", {})):
+            benchmark.extra_info.update(
+                peer={key: loop[key] for key in ("low", "median", "high")},
+                ratio=loop["ratio"],
+                ratio_quartiles=loop["ratio_quartiles"],
+            )
 
     return run
-
-
-def _quartiles(seconds: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return {"low": low, "median": median, "high": high}
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     from importlib.metadata import version
 
+    from fasthyper.bench.machine import Machine
+
     machine_info.clear()
-    machine_info.update(fasthyper.environment.environment(), hypnettorch=version("hypnettorch"))
+    machine_info.update(
+        fasthyper.environment.environment(), hypnettorch=version("hypnettorch"), ceiling=Machine.measure().to_json()
+    )
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

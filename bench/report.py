@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fasthyper.bench.figure import times_figure
 from fasthyper.metrics import Results
 
 ROOT = Path(__file__).parent.parent
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
 README, DESIGN = ROOT / "README.md", ROOT / "DESIGN.md"
-OURS, PEER = "fasthyper", "hypnettorch"
-COLOURS = {OURS: "#0a9396", PEER: "#ca6702"}
+PEER, OTHERS = "hypnettorch", ("eager", "compile")
 
 
 def main() -> int:
     measured, commands, precision = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision")
     )
-    rows = [entry["extra_info"] for entry in measured["benchmarks"]]
-    rows = [row for row in rows if row["what"] in ("regularizer", "step")]
+    entries = [entry["extra_info"] for entry in measured["benchmarks"]]
+    rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
     parts = {
         README: {
             "headline": headline(rows),
@@ -58,8 +59,9 @@ def between_markers(text: str, name: str, content: str) -> str:
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    steps = [row for row in rows if row["what"] == "step" and row["past"] == 100]
-    low, high = min(row["ratio"] for row in steps), max(row["ratio"] for row in steps)
+    steps = [row["peers"].get(PEER, {}) for row in rows if row["what"] == "step" and row["past"] == 100]
+    ratios = [entry["ratio"] for entry in steps if "ratio" in entry]
+    low, high = min(ratios), max(ratios)
     return f" {low:.0f} to {high:.0f} times faster than\n{PEER} after 100 tasks,"
 
 
@@ -90,26 +92,48 @@ def times(commands: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
     machine = measured["machine_info"]
+    others = [name for name in OTHERS if any(name in row["peers"] for row in rows)]
+    named = f"{PEER} {machine['hypnettorch']}"
+    heads = [("regularizer", PEER), ("whole step", PEER), *((f"whole step, {name}", name) for name in others)]
     lines = [
         "",
-        "| workload | past tasks | regularizer | whole step |",
-        "|---|---|---|---|",
+        f"| workload | past tasks | {' | '.join(head for head, _ in heads)} |",
+        f"|---|---{'|---' * len(heads)}|",
     ]
     for workload, past in dict.fromkeys((row["workload"], row["past"]) for row in rows):
-        cells = []
-        for what in ("regularizer", "step"):
-            row = next(r for r in rows if (r["what"], r["workload"], r["past"]) == (what, workload, past))
-            low, high = row["ratio_quartiles"]
-            cells.append(f"{row['ratio']:.1f}× ({low:.1f} to {high:.1f})")
+        cells = [
+            cell(rows, "regularizer" if head == "regularizer" else "step", workload, past, peer) for head, peer in heads
+        ]
         lines.append(f"| `{workload}` | {past} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Times of {PEER} {machine['hypnettorch']} over ours, medians (quartiles) of alternating runs:",
+        f"Times of {' and '.join([named, *others])} over ours, medians (quartiles) of alternating runs:",
         f"{machine['machine']}, {machine['threads']} threads,",
         f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def cell(rows: list[dict[str, Any]], what: str, workload: str, past: int, peer: str) -> str:
+    """The ratio to a peer; where it was not run, our time over that at the smallest number of tasks, in words."""
+    points = {row["past"]: row for row in rows if (row["what"], row["workload"]) == (what, workload)}
+    if past not in points:
+        return ""
+    entry = points[past]["peers"].get(peer, {})
+    if "ratio" in entry:
+        low, high = entry["ratio_quartiles"]
+        return f"{entry['ratio']:.1f}× ({low:.1f} to {high:.1f})"
+    fewest = min(points)
+    own = points[past]["ours"]["median"] / points[fewest]["ours"]["median"]
+    return f"not run; ours {own:.2f}× its time at {fewest}" if peer == PEER else "not run"
+
+
+def with_peers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results, with ``peers`` also where it was written before there was more than one."""
+    if "peers" in row:
+        return row
+    return {**row, "peers": {PEER: {**row["peer"], "ratio": row["ratio"], "ratio_quartiles": row["ratio_quartiles"]}}}
 
 
 def precision_table(precision: dict[str, Any]) -> str:
@@ -122,44 +146,14 @@ def precision_table(precision: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], measured: dict[str, Any]) -> None:
-    """Step time against past tasks, a panel per workload, for a light and a dark page."""
-    from matplotlib.figure import Figure
-
+    """Step time against past tasks, a panel per workload measured at more than one number, for a light and a dark page."""
     FIGURES.mkdir(exist_ok=True)
     steps = [row for row in rows if row["what"] == "step"]
-    workloads = list(dict.fromkeys(row["workload"] for row in steps))
+    counts = Counter(row["workload"] for row in steps)
+    machine = measured["machine_info"]
     for theme, ink in (("light", "#24292f"), ("dark", "#d0d7de")):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-        for axes, workload in zip(figure.subplots(1, len(workloads), sharey=True), workloads, strict=True):
-            points = sorted((row for row in steps if row["workload"] == workload), key=lambda row: row["past"])
-            past = [row["past"] for row in points]
-            for side, label in (("peer", PEER), ("ours", OURS)):
-                medians = [1e3 * row[side]["median"] for row in points]
-                axes.fill_between(
-                    past,
-                    [1e3 * row[side]["low"] for row in points],
-                    [1e3 * row[side]["high"] for row in points],
-                    color=COLOURS[label],
-                    alpha=0.25,
-                    linewidth=0,
-                )
-                axes.plot(past, medians, color=COLOURS[label], marker="o", markersize=4, linewidth=2)
-                if workload == workloads[0]:
-                    axes.annotate(label, (past[-1], medians[-1]), (-4, 6), textcoords="offset points", color=COLOURS[label],
-                                  ha="right", va="bottom", fontweight="bold")  # fmt: skip
-            last = points[-1]
-            axes.set_title(f"{workload}: {last['ratio']:.0f}× at {last['past']} tasks", color=ink, fontsize=11)
-            axes.set_yscale("log")
-            axes.set_xlabel("past tasks", color=ink)
-            axes.set_xticks(past)
-            axes.tick_params(colors=ink, which="both")
-            axes.grid(axis="y", color=ink, alpha=0.15)
-            for side, spine in axes.spines.items():
-                spine.set_visible(side in ("left", "bottom"))
-                spine.set_color(ink)
-        figure.axes[0].set_ylabel("ms per training step", color=ink)
-        machine = measured["machine_info"]
-        figure.supxlabel(f"{machine['machine']}, {machine['threads']} threads", color=ink, fontsize=8, alpha=0.7)
+        drawn = [row for row in steps if counts[row["workload"]] > 1]
+        figure = times_figure(drawn, f"{machine['machine']}, {machine['threads']} threads", ink)
         metadata = {"Date": None, "Creator": None}
         figure.savefig(FIGURES / f"step-{theme}.svg", transparent=True, metadata=metadata)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 import fasthyper
+from fasthyper.bench.verbs import add_verbs
 from fasthyper.checkpoint import CHECKPOINT
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
@@ -67,6 +68,8 @@ def _parser() -> _Parser:
     verb.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run; several are compared")
     verb.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
     verb.set_defaults(command=_report)
+
+    add_verbs(verbs)
 
     verb = verbs.add_parser("list", help="the recipes")
     verb.add_argument("--json", action="store_true", help="as JSON, with every setting")

@@ -3,10 +3,10 @@
 import oracle
 import pytest
 import torch
-from peer import PeerTrainer, in_its_order, peer_of
 from test_trainer import recorded_losses, toy_stream
 
 import fasthyper as fh
+from fasthyper.bench.peers import PeerTrainer, in_its_order, peer_of
 from fasthyper.streams.batches import Batches
 
 pytest.importorskip("hypnettorch")

@@ -36,10 +36,12 @@ ALLOWED = {
     },
     "recipes": {"checkpoint", "errors", "hypernet", "nets", "streams", "trainer"},
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
-    "cli": {"checkpoint", "environment", "errors", "recipes", "report", "streams"},
+    "bench": {"environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
+    "cli": {"bench", "checkpoint", "environment", "errors", "recipes", "report", "streams"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {  # beside torch and the standard library; imported inside functions only
+    "bench": {"hypnettorch", "matplotlib", "rich"},
     "checkpoint": {"safetensors"},
     "progress": {"rich"},
     "report": {"matplotlib", "numpy"},

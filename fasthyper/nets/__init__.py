@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from fasthyper.nets.mlp import MLP
+from fasthyper.nets.resnet import ResNet
 
-__all__ = ["MLP", "build", "describe"]
+__all__ = ["MLP", "ResNet", "build", "describe"]
 
-_CLASSES: dict[str, type[nn.Module]] = {"MLP": MLP}
+_CLASSES: dict[str, type[nn.Module]] = {"MLP": MLP, "ResNet": ResNet}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

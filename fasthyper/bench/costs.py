@@ -1,0 +1,162 @@
+"""Counted work, multiply-adds and bytes of main memory, of our algorithm and of the loop over tasks: functions of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fasthyper.bench.workloads import Workload
+from fasthyper.layout import Layout
+from fasthyper.planner import drift_plan
+
+FLOAT = 4  # bytes
+
+
+class Work(NamedTuple):
+    """Multiply-adds; bytes read and written, each once per pass over something too large for the caches."""
+
+    macs: int
+    num_bytes: int
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(self.macs + other.macs, self.num_bytes + other.num_bytes)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All that work depends on, but the number of past tasks: E, Z, the trunk's widths, the grid of chunks, the target.
+
+    ``target_macs``: multiply-adds of the target's forward and backward pass over a batch. ``num_tensors``: of its weights.
+    """
+
+    task_dim: int
+    chunk_dim: int
+    hidden: tuple[int, ...]
+    num_weights: int
+    chunk_size: int
+    num_tensors: int = 1
+    target_macs: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.num_weights, self.chunk_size)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.layout.num_chunks
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return (self.task_dim + self.chunk_dim, *self.hidden)[-1]
+
+    @property
+    def num_theta(self) -> int:
+        """Parameters that all tasks share."""
+        layers = sum((i + 1) * o for i, o in pairwise((self.task_dim + self.chunk_dim, *self.hidden)))
+        return self.num_chunks * self.chunk_dim + layers + self.chunk_size * (self.width + 1)
+
+    @staticmethod
+    def of(workload: Workload) -> Shapes:
+        """Those of a workload."""
+        target, hnet = workload.build_target(), workload.hnet
+        sizes = [parameter.numel() for parameter in target.parameters()]
+        chunked = hnet["chunk_size"] is not None
+        return Shapes(
+            task_dim=hnet["task_dim"],
+            chunk_dim=hnet["chunk_dim"] if chunked else 0,
+            hidden=tuple(hnet["hidden"]),
+            num_weights=sum(sizes),
+            chunk_size=hnet["chunk_size"] if chunked else sum(sizes),
+            num_tensors=len(sizes),
+            target_macs=target_macs(target, (workload.batch_size, *workload.example_shape)),
+        )
+
+
+def target_macs(target: nn.Module, batch_shape: Sequence[int]) -> int:
+    """Multiply-adds of a forward and a backward pass, by running them on tensors without storage."""
+    target, x = target.to("meta"), torch.empty(*batch_shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        target(x).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def drift_work(shapes: Shapes, past: int) -> Work:
+    """Of E2 behind the trunk, value and gradients. A symmetric product counts once, constants of a task not at all.
+
+    Rows: through each layer after the first, ``[dx | x0 | 1]`` forward and two products backward; the first has T + N rows
+    instead of T N. Then dH'W[dH | H* | 1] above the diagonal, and 2 WX (Y'V_H). Columns: Y'Y, and 2 Y (X'W [H | 1]). Bytes:
+    the basis and its snapshot are read by both passes over the columns, its gradient is written, what is stored of the
+    snapshot is read.
+    """
+    rows = past * shapes.num_chunks
+    width, full = shapes.width, 2 * shapes.width + 1
+    macs = 0
+    if shapes.hidden:
+        first, *_ = shapes.hidden
+        for count, size in ((past, shapes.task_dim), (shapes.num_chunks, shapes.chunk_dim)):
+            macs += count * first * (2 * size + 2 * size)  # forward of dx and x0, gradients of weight and embedding
+        macs += rows * sum((2 * i + 1) * o + 2 * i * o for i, o in pairwise(shapes.hidden))
+    gram_columns = set()
+    plan = drift_plan(shapes.layout, range(past), width).tolist()
+    for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, direct in plan:
+        num_rows = ((past if task_hi < 0 else task_hi) - task_lo) * (chunk_hi - chunk_lo)
+        if direct:
+            macs += num_rows * (col_hi - col_lo) * (full + width + width + 1)
+        else:
+            macs += num_rows * (width * (width + 1) // 2 + width * (width + 1) + full * width)
+            gram_columns.add((col_lo, col_hi))
+    macs += _covered(gram_columns) * (full * (full + 1) // 2 + full * (width + 1))
+    stored = rows * sum(shapes.hidden)
+    return Work(macs, FLOAT * (5 * shapes.chunk_size * (width + 1) + stored))
+
+
+def task_work(shapes: Shapes) -> Work:
+    """Of a step's other half: the current task's weights and their gradient, the target, look-ahead and Adam.
+
+    Bytes: the weights are written once and read twice, their gradient too; theta's first gradient is written, theta, its
+    moments and that gradient are read for the look-ahead and again for the update, which writes three of them.
+    """
+    generate = 3 * shapes.num_chunks * (_layers(shapes) + shapes.chunk_size * (shapes.width + 1))
+    return Work(generate + shapes.target_macs, FLOAT * (6 * shapes.num_weights + 12 * shapes.num_theta))
+
+
+def step_work(shapes: Shapes, past: int) -> Work:
+    """Of a whole step of ours."""
+    return drift_work(shapes, past) + task_work(shapes)
+
+
+def loop_work(shapes: Shapes, past: int) -> Work:
+    """Of the regularizer as a loop over tasks: each makes its weights forward and two products backward.
+
+    Bytes: some twenty passes over each task's P weights (make, split, lay end to end, subtract, square, add, and back), and
+    in the backward pass of the split a gradient of size P per tensor, filled with zeros and added up; theta is read twice,
+    and its gradient made and added to what earlier tasks gave.
+    """
+    macs = 3 * past * shapes.num_chunks * (_layers(shapes) + shapes.chunk_size * shapes.width)
+    return Work(macs, FLOAT * past * (shapes.num_weights * (20 + 4 * shapes.num_tensors) + 6 * shapes.num_theta))
+
+
+def loop_step_work(shapes: Shapes, past: int) -> Work:
+    """Of a whole step of the loop."""
+    return loop_work(shapes, past) + task_work(shapes)
+
+
+def _layers(shapes: Shapes) -> int:
+    """Multiply-adds of one row in the trunk."""
+    return sum(i * o for i, o in pairwise((shapes.task_dim + shapes.chunk_dim, *shapes.hidden)))
+
+
+def _covered(intervals: set[tuple[int, int]]) -> int:
+    """Number of different positions in the intervals."""
+    count, reached = 0, 0
+    for lo, hi in sorted(intervals):
+        count += max(0, hi - max(lo, reached))
+        reached = max(reached, hi)
+    return count
