@@ -7,10 +7,10 @@ import time
 import oracle
 import pytest
 import torch
-from workloads import CASES
 
 import fasthyper as fh
 from fasthyper import ops
+from fasthyper.bench.workloads import CASES
 from fasthyper.layout import Layout
 from fasthyper.planner import direct_cost, drift_plan, gram_cost
 
