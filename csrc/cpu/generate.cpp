@@ -1,12 +1,19 @@
 // All target weights of one task, flat, and the way back (DESIGN E3): W = [h | 1] V', chunk by chunk, end to end.
 #include <algorithm>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace fasthyper {
 namespace {
 
 constexpr int64_t kTile = 1 << 17;  // elements of the gradient that are gathered at a time
+constexpr int64_t kColumns = 1024;  // of the basis, packed at a time
+constexpr int64_t kNarrow = 64;     // features below which packing factors for tile units costs more than it saves
+
+template <typename scalar_t>
+int64_t parts_for(int64_t width) {
+  return width < kNarrow ? 0 : tile_parts<scalar_t>(3);
+}
 
 // [h | 1]: the bias column of the basis then needs no pass of its own
 Tensor with_bias(const Tensor& h) {
@@ -27,8 +34,24 @@ Tensor with_bias(const Tensor& h) {
 Tensor generate_fwd_cpu(Tensor h, Tensor basis, int64_t num_weights) {
   NoGrad no_grad;
   const int64_t num_chunks = h.size(0), chunk_size = basis.size(0);
-  Tensor out = torch::stable::new_empty(h, {num_chunks, chunk_size});
-  mm_out(out, with_bias(torch::stable::contiguous(h)), transposed(basis));
+  const Tensor out = kept_empty(h, {num_chunks, chunk_size}), ha = with_bias(torch::stable::contiguous(h));
+  basis = torch::stable::contiguous(basis);
+  dispatch_floating(h, "generate", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const int64_t parts = parts_for<scalar_t>(h.size(1));
+    if (parts == 0) return mm_out(out, ha, transposed(basis));
+    struct Worker {
+      explicit Worker(int64_t parts) : by_basis(parts) {}
+      Workspace space;
+      RightFactor<scalar_t> by_basis;
+    };
+    const auto make = [&] { return Worker(parts); };
+    for_tiles<Worker>(chunk_size, kColumns, make, [&](Worker& worker, int64_t first, int64_t length) {
+      worker.by_basis.pack(dense<scalar_t>(basis).rows(first, length).transposed());
+      worker.by_basis.multiply_into(dense<scalar_t>(ha), worker.space,
+                                    dense(data<scalar_t>(out), num_chunks, chunk_size).cols(first, length));
+    });
+  });
   return rows(torch::stable::view(out, {num_chunks * chunk_size}), 0, num_weights);
 }
 
@@ -67,24 +90,33 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
   const int64_t num_chunks = h.size(0), width = h.size(1), chunk_size = basis.size(0);
   const int64_t tile = std::max<int64_t>(kTile / num_chunks, 64);
   const Tensor ha = with_bias(torch::stable::contiguous(h));
-  Tensor grad_ha = torch::stable::new_zeros(ha, ha.sizes()), grad_basis = torch::stable::new_empty(basis, basis.sizes());
-  struct Worker {
-    Tensor grad, product, sum;
-  };
+  Tensor grad_ha = torch::stable::new_zeros(ha, ha.sizes()), grad_basis = kept_empty(basis, {chunk_size, width + 1});
   dispatch_floating(h, "generate", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const Gather<scalar_t> gather(grads);
-    const auto make = [&] {
-      return Worker{torch::stable::new_empty(ha, {num_chunks * tile}), torch::stable::new_empty(ha, ha.sizes()),
-                    torch::stable::new_zeros(ha, ha.sizes())};
+    struct Worker {
+      explicit Worker(int64_t parts, const Tensor& ha) : by_basis(parts), sum(torch::stable::new_zeros(ha, ha.sizes())) {}
+      Workspace space;
+      Memory grad;
+      RightFactor<scalar_t> by_basis;
+      Tensor sum;
     };
+    const Gather<scalar_t> gather(grads);
+    const int64_t parts = parts_for<scalar_t>(width);
+    RightFactor<scalar_t> by_ha(parts);
+    by_ha.pack(dense<scalar_t>(ha));
+    const auto make = [&] { return Worker(parts, ha); };
     const auto workers = for_tiles<Worker>(chunk_size, tile, make, [&](Worker& worker, int64_t first, int64_t length) {
-      const Tensor grad = matrix(worker.grad, num_chunks, length);
+      const Matrix<scalar_t> grad = dense(worker.grad.template get<scalar_t>(num_chunks * tile), num_chunks, length);
       for (int64_t n = 0; n < num_chunks; ++n)
-        gather(n * chunk_size + first, n * chunk_size + first + length, data<scalar_t>(grad) + n * length);
-      mm_out(worker.product, grad, rows(basis, first, length));
-      add(ha.numel(), const_data<scalar_t>(worker.product), data<scalar_t>(worker.sum));
-      mm_out(rows(grad_basis, first, length), transposed(grad), ha);
+        gather(n * chunk_size + first, n * chunk_size + first + length, grad.data + n * length);
+      worker.by_basis.pack(dense<scalar_t>(basis).rows(first, length));
+      scalar_t* sum = data<scalar_t>(worker.sum);
+      worker.by_basis.multiply(grad, worker.space,
+                               [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                 add_block(m, n, block, stride, sum + i * (width + 1) + j, width + 1);
+                               });
+      by_ha.multiply_into(grad.transposed(), worker.space,
+                          dense(data<scalar_t>(grad_basis), chunk_size, width + 1).rows(first, length));
     });
     for (const Worker& worker : workers) add(ha.numel(), const_data<scalar_t>(worker.sum), data<scalar_t>(grad_ha));
   });

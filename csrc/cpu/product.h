@@ -184,7 +184,7 @@ class RightFactor {
 
   template <typename Left>
   void multiply_into(Left a, Workspace& space, Matrix<scalar_t> out) const {
-    if constexpr (std::is_same_v<Left, Matrix<scalar_t>> || std::is_same_v<Left, Matrix<const scalar_t>>)
+    if constexpr (!std::is_same_v<Left, Pair<scalar_t>>)
       if (parts_ == 0) return mm_out(as_tensor(out), as_tensor(a), as_tensor(b_));
     multiply(a, space, [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
       store_block(m, n, block, stride, out.data + i * out.row_stride + j, out.row_stride);
