@@ -192,29 +192,24 @@ class RightFactor {
   }
 
  private:
-  static constexpr int64_t kLeftRows =
-      256;  // packed, they stay in the second-level cache beside a panel of the right factor
-
   static int64_t padded(int64_t depth) { return tiles::count(depth) * tiles::kSide; }
   int64_t part_bytes(int64_t depth) const { return tiles::panel_bytes(depth, parts_); }
   int64_t panel() const { return part_bytes(depth_); }
   void pack_panels(const tiles::Source& source, char* to) const { tiles::pack_right(source, parts_, to, panel()); }
 
+  // One panel of the left factor after the other meets all of the right one, which stays in the second-level cache
   template <typename Result, typename PackLeft>
   void by_tiles(int64_t num_rows, Workspace& space, const Result& result, const PackLeft& pack_left) const {
     const tiles::Units units;
-    const char* right = memory_.data<char>();
-    for (int64_t start = 0; start < num_rows; start += kLeftRows) {
-      const int64_t length = std::min(kLeftRows, num_rows - start);
-      char* left = space.left.get<char>(tiles::count(length) * panel());
-      pack_left(start, length, left);
-      for (int64_t j = 0; j < b_.num_cols; j += tiles::kSide)
-        for (int64_t i = 0; i < length; i += tiles::kSide) {
-          const int64_t m = std::min(tiles::kSide, length - i), n = std::min(tiles::kSide, b_.num_cols - j);
-          tiles::multiply(left + i / tiles::kSide * panel(), right + j / tiles::kSide * panel(), depth_, parts_, m, n,
-                          space.block);
-          result(start + i, j, m, n, space.block, tiles::kSide);
-        }
+    char* left = space.left.get<char>(panel());
+    for (int64_t i = 0; i < num_rows; i += tiles::kSide) {
+      const int64_t m = std::min(tiles::kSide, num_rows - i);
+      pack_left(i, m, left);
+      for (int64_t j = 0; j < b_.num_cols; j += tiles::kSide) {
+        const int64_t n = std::min(tiles::kSide, b_.num_cols - j);
+        tiles::multiply(left, memory_.data<char>() + j / tiles::kSide * panel(), depth_, parts_, m, n, space.block);
+        result(i, j, m, n, space.block, tiles::kSide);
+      }
     }
   }
 
