@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper import ops
 from fasthyper.activations import ACTIVATIONS
 from fasthyper.layout import Layout
+from fasthyper.planner import factorises
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
 from fasthyper.trunk import run_trunk
@@ -31,7 +33,9 @@ class ChunkedHypernet(nn.Module):
         task_dim: E.  chunk_dim: Z, ignored when ``chunk_size`` is ``None``.
         activation: after each trunk layer; a key of ``activations.ACTIVATIONS``.
         outputs_per_task: size of each task's own output head, a slice of the target's last layer; ``None``: shared outputs.
-        layout: how weights are laid over the chunks; only ``"flat"``, end to end.
+        layout: how weights are laid over the chunks. ``"flat"``: end to end. ``"aligned"``: chunks hold whole rows of the
+            weights of linear and convolutional layers, so that linear layers run without their weight ever being stored;
+            S is at most ``chunk_size``, or the longest row where one is longer, and N may be larger.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -60,12 +64,16 @@ class ChunkedHypernet(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        if layout != "flat":
-            raise ValueError(f"unknown layout {layout!r}; this version has 'flat' only")
+        if layout not in ("flat", "aligned"):
+            raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
         self.target = Target(target, outputs_per_task)
-        self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads)
+        matrices = self.target.matrices() if layout == "aligned" else []
+        self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads, matrices)
+        self._parts = [[p for span in b.ranges for p in self.target.parts(span)] for b in self.layout.blocks]
+        in_rows = {parts[0][0] for b, parts in zip(self.layout.blocks, self._parts, strict=True) if b.rows}
+        self._fused = self.target.take_products(in_rows)
         self.config: dict[str, Any] = {
             "chunk_size": chunk_size,
             "hidden": list(hidden),
@@ -137,8 +145,7 @@ class ChunkedHypernet(nn.Module):
         Raises:
             IndexError: no such task.
         """
-        h = self.features(self.embedding(task)[None])[0]
-        return dict(zip(self.target.names, ops.generate(h, self.basis, self.target.shapes), strict=True))
+        return self._weights(task)[0]
 
     def embedding(self, task: int) -> nn.Parameter:
         """Task embedding ``[E]``.
@@ -154,7 +161,25 @@ class ChunkedHypernet(nn.Module):
 
     def forward(self, inputs: Tensor, task: int) -> Tensor:
         """The target's outputs ``[B, num_classes]`` for ``inputs`` ``[B, ...]``, with the weights of ``task``."""
-        return self.target(self.generate(task), inputs, task)
+        weights, products = self._weights(task, self._fused)
+        return self.target(weights, inputs, task, products)
+
+    def _weights(self, task: int, fused: Container[str] = ()) -> tuple[dict[str, Tensor], dict[str, _Rows]]:
+        """The target's weights, and in their place products for those in ``fused``."""
+        h = self.features(self.embedding(task)[None])[0]
+        found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
+        products = {}
+        for block, parts in zip(self.layout.blocks, self._parts, strict=True):
+            h_block, basis = _narrow(h, block.chunk_lo, block.chunk_hi), _narrow(self.basis, 0, block.size)
+            if block.rows and parts[0][0] in fused:
+                products[parts[0][0]] = _Rows(h_block, basis, parts[0][1])
+                continue
+            made = ops.generate(h_block, basis, [shape for _, shape in parts])
+            for (name, _), weight in zip(parts, made, strict=True):
+                found[name].append(weight)
+        for name, product in products.items():
+            product.rest = found.pop(name)
+        return {name: _join(weights) for name, weights in found.items()}, products
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
         self.target.train(mode)
@@ -164,6 +189,40 @@ class ChunkedHypernet(nn.Module):
         super()._apply(fn, recurse)
         self.target.convert_buffers(fn)
         return self
+
+
+class _Rows:
+    """A linear layer's weight, never stored: rows that chunks generate, and below them ``rest``, rows laid elsewhere."""
+
+    def __init__(self, h: Tensor, basis: Tensor, shape: torch.Size):
+        self.h, self.basis, self.shape = h, basis, shape
+        self.rest: list[Tensor] = []
+
+    def weight(self) -> Tensor:
+        return _join([*ops.generate(self.h, self.basis, [self.shape]), *self.rest])
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        num_outputs, num_inputs = self.shape
+        if x.shape[-1:] != (num_inputs,):
+            raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
+        flat = x.reshape(-1, num_inputs)
+        chunks, (size, k) = len(self.h), self.basis.shape
+        with_grad = torch.is_grad_enabled() and (self.h.requires_grad or self.basis.requires_grad)
+        factorised = factorises(
+            len(flat), num_inputs, size // num_inputs, chunks, k - 1, with_grad, with_grad and x.requires_grad
+        )
+        y = ops.hyper_linear(flat, self.h, self.basis, num_outputs, factorised=factorised)
+        y = torch.cat([y, *(F.linear(flat, rest) for rest in self.rest)], 1) if self.rest else y
+        y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def _narrow(rows: Tensor, lo: int, hi: int) -> Tensor:
+    return rows if (lo, hi) == (0, len(rows)) else rows[lo:hi]
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

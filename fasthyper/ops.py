@@ -19,13 +19,21 @@ LIBRARY.define(
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
+LIBRARY.define("_hyper_linear_fwd(Tensor x, Tensor h, Tensor basis, int num_outputs, bool factorised) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "_hyper_linear_bwd(Tensor grad, Tensor x, Tensor h, Tensor basis, Tensor u, bool factorised, bool needs_x)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 _ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
 _ADAM += ", float eps, float weight_decay, bool decoupled"
 LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
-OPS = ("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "adam_delta_fwd", "adam_delta_bwd")
+OPS = (
+    *("output_drift_fwd", "hypernet_drift_fwd", "generate_fwd", "generate_bwd", "hyper_linear_fwd", "hyper_linear_bwd"),
+    *("adam_delta_fwd", "adam_delta_bwd"),
+)
 
 
 @torch.library.register_fake("fasthyper::_output_drift_fwd", lib=LIBRARY)
@@ -48,6 +56,17 @@ def _generate_bwd_fake(grad, h, basis):
     return h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
+@torch.library.register_fake("fasthyper::_hyper_linear_fwd", lib=LIBRARY)
+def _hyper_linear_fwd_fake(x, h, basis, num_outputs, factorised):
+    u = x.new_empty(x.shape[0] if factorised else 0, basis.shape[0] // x.shape[1], basis.shape[1])
+    return x.new_empty(x.shape[0], num_outputs), u
+
+
+@torch.library.register_fake("fasthyper::_hyper_linear_bwd", lib=LIBRARY)
+def _hyper_linear_bwd_fake(grad, x, h, basis, u, factorised, needs_x):
+    return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), h.new_empty(h.shape), basis.new_empty(basis.shape)
+
+
 @torch.library.register_fake("fasthyper::_adam_delta_fwd", lib=LIBRARY)
 def _adam_delta_fwd_fake(param, *_):
     return param.new_empty(param.shape)
@@ -62,6 +81,8 @@ _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
 _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
+_hyper_linear_fwd = torch.ops.fasthyper._hyper_linear_fwd.default
+_hyper_linear_bwd = torch.ops.fasthyper._hyper_linear_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
 
@@ -118,6 +139,22 @@ class _Generate(torch.autograd.Function):
         ]
         grad_h, grad_basis = _generate_bwd(torch.cat(parts), h, basis)
         return grad_h, grad_basis, None
+
+
+class _HyperLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, basis, num_outputs, factorised):
+        y, u = _hyper_linear_fwd(x, h, basis, num_outputs, factorised)
+        ctx.save_for_backward(x, h, basis, u)
+        ctx.factorised = factorised
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, grad_h, grad_basis = _hyper_linear_bwd(grad, *ctx.saved_tensors, ctx.factorised, needs_x)
+        return grad_x if needs_x else None, grad_h, grad_basis, None, None
 
 
 class _AdamDelta(torch.autograd.Function):
@@ -264,6 +301,41 @@ def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple
     if h.dtype in HALF:
         h, basis = h.float(), basis.float()
     return _Generate.apply(h, basis, sizes)
+
+
+def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, num_outputs: int, *, factorised: bool = False) -> Tensor:
+    """``F.linear`` with a weight that chunks generate row by row, and that is never stored (DESIGN E3).
+
+    Args:
+        x:      ``[B, I]``.
+        h:      ``[N, H]`` trunk features of the weight's chunks.
+        basis:  ``[r*I, H+1]`` shared basis of r rows of the weight; its last column is the bias.
+        num_outputs: O, rows of the weight; the last chunk may hold fewer than r.
+        factorised: ``y = (x V) [h | 1]'``; otherwise tiles of the weight are made, used and dropped. The numbers are the
+            same but for rounding; ``planner.factorises`` says which costs less.
+
+    Returns:
+        ``[B, O]`` in the dtype of ``x`` (float32 for half types): output ``n r + j`` is
+        ``sum_i x[b, i] basis[j I + i] [h[n] | 1]``. No gradient of the weight is stored either; that of ``x`` is made only
+        where it is needed. Second derivatives raise.
+
+    Raises:
+        ValueError: shapes disagree, or O does not need exactly N chunks.
+        TypeError: dtypes differ or are not floating point.
+    """
+    op = "hyper_linear"
+    _check_dtypes(op, x=x, h=h, basis=basis)
+    _check_shape(op, "h", h, ("N", "H"))
+    _check_shape(op, "basis", basis, ("S", h.shape[1] + 1))
+    _check_shape(op, "x", x, ("B", "I"))
+    rows, rest = divmod(basis.shape[0], max(1, x.shape[1]))
+    if rest or not rows:
+        raise ValueError(f"{op}: a basis of {basis.shape[0]} columns holds no whole number of rows of {x.shape[1]} inputs")
+    if not (h.shape[0] - 1) * rows < num_outputs <= h.shape[0] * rows:
+        raise ValueError(f"{op}: {h.shape[0]} chunks of {rows} rows do not make exactly {num_outputs} outputs")
+    if x.dtype in HALF:
+        x, h, basis = x.float(), h.float(), basis.float()
+    return _HyperLinear.apply(x, h, basis, num_outputs, factorised)
 
 
 def adam_delta(
