@@ -11,6 +11,7 @@ namespace fasthyper {
 namespace {
 
 constexpr int64_t kTileElements = 1 << 18;  // of the weight, or of its gradient, that one thread holds
+constexpr int64_t kSmallestPart = 32;       // rows of a product that are worth a call
 
 // Inputs [input, input + num_inputs) of slots [slot, slot + num_slots); more than one slot has all inputs
 struct Tile {
@@ -43,7 +44,9 @@ class HyperLinear {
 
   // y = u Ha', u_j = x V_j
   void factorised(const Tensor& y, const Tensor& u) const {
-    for_slots([&](int64_t slot) { mm_out(of_slot(u, slot), x_, slots(basis_, slot, 1)); });
+    for_parts(batch_, [&](int64_t slot, int64_t first, int64_t length) {
+      mm_out(rows(of_u(u, slot), first, length), rows(x_, first, length), rows(basis_, slot * num_inputs_, num_inputs_));
+    });
     const Tensor product = make({batch_ * num_slots_, num_chunks_});
     mm_out(product, torch::stable::view(u, {batch_ * num_slots_, k_}), transposed(ha_));
     const scalar_t* from = const_data<scalar_t>(product);
@@ -60,13 +63,20 @@ class HyperLinear {
     });
     mm_out(torch::stable::view(du, {num_rows, k_}), by_slot, ha_);
     mm_out(grad_ha, transposed(by_slot), torch::stable::view(u, {num_rows, k_}));
-    for_slots([&](int64_t slot) { mm_out(slots(grad_basis, slot, 1), transposed(x_), of_slot(du, slot)); });
+    for_parts(num_inputs_, [&](int64_t slot, int64_t first, int64_t length) {
+      mm_out(rows(grad_basis, slot * num_inputs_ + first, length), transposed(cols(x_, first, length)), of_u(du, slot));
+    });
     if (grad_x.size(0) == 0) return;
-    const Tensor part = num_slots_ > 1 ? make({batch_, num_inputs_}) : Tensor();
-    for (int64_t slot = 0; slot < num_slots_; ++slot) {
-      mm_out(slot == 0 ? grad_x : part, of_slot(du, slot), transposed(slots(basis_, slot, 1)));
-      if (slot > 0) add(part.numel(), const_data<scalar_t>(part), data<scalar_t>(grad_x));
-    }
+    const int64_t tile = (num_inputs_ + num_threads() - 1) / num_threads();
+    for_tiles<Tensor>(
+        num_inputs_, tile, [&] { return make({batch_ * tile}); },
+        [&](const Tensor& part, int64_t first, int64_t length) {
+          for (int64_t slot = 0; slot < num_slots_; ++slot) {
+            const Tensor v = rows(basis_, slot * num_inputs_ + first, length);
+            mm_out(slot == 0 ? cols(grad_x, first, length) : matrix(part, batch_, length), of_u(du, slot), transposed(v));
+            if (slot > 0) add_cols(matrix(part, batch_, length), first, grad_x);
+          }
+        });
   }
 
   // y_j = x W_j'
@@ -125,12 +135,10 @@ class HyperLinear {
   Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_, size); }
 
  private:
-  Tensor slots(const Tensor& basis, int64_t first, int64_t count) const {
-    return rows(basis, first * num_inputs_, count * num_inputs_);
-  }
+  static int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
   // [B, K] of u or du [B, r, K]
-  Tensor of_slot(const Tensor& u, int64_t slot) const {
+  Tensor of_u(const Tensor& u, int64_t slot) const {
     return cols(torch::stable::view(u, {batch_, num_slots_ * k_}), slot * k_, k_);
   }
 
@@ -163,14 +171,26 @@ class HyperLinear {
     return workers;
   }
 
+  // Slots, one by one; where they are few, each in parts of ``length``, so that threads have equal shares
   template <typename Body>
-  void for_slots(const Body& body) const {
-    for (int64_t slot = 0; slot < num_slots_; ++slot) body(slot);
+  void for_parts(int64_t length, const Body& body) const {
+    const int64_t most = std::clamp<int64_t>(length / kSmallestPart, 1, num_threads());
+    const int64_t num_parts = num_slots_ < 4 * num_threads() ? most : 1;
+    torch::stable::parallel_for(0, num_slots_ * num_parts, 1, [&](int64_t begin, int64_t end) {
+      NoGrad no_grad;
+      for (int64_t i = begin; i < end;) {
+        const int64_t slot = i / num_parts, part = i % num_parts, stop = std::min(num_parts, part + end - i);
+        body(slot, length * part / num_parts, length * stop / num_parts - length * part / num_parts);
+        i += stop - part;
+      }
+    });
   }
 
   template <typename Body>
   void for_batch(const Body& body) const {
-    for (int64_t b = 0; b < batch_; ++b) body(b);
+    torch::stable::parallel_for(0, batch_, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) body(b);
+    });
   }
 
   // y row [N, r], cut short, from [r, N]; and back, 0 where there is no output
