@@ -170,11 +170,11 @@ class ChunkedHypernet(nn.Module):
         found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
         products = {}
         for block, parts in zip(self.layout.blocks, self._parts, strict=True):
-            h_block, basis = _narrow(h, block.chunk_lo, block.chunk_hi), _narrow(self.basis, 0, block.size)
+            h_block = _narrow(h, block.chunk_lo, block.chunk_hi)
             if block.rows and parts[0][0] in fused:
-                products[parts[0][0]] = _Rows(h_block, basis, parts[0][1])
+                products[parts[0][0]] = _Rows(h_block, self.basis, block.rows, parts[0][1])
                 continue
-            made = ops.generate(h_block, basis, [shape for _, shape in parts])
+            made = ops.generate(h_block, _narrow(self.basis, 0, block.size), [shape for _, shape in parts])
             for (name, _), weight in zip(parts, made, strict=True):
                 found[name].append(weight)
         for name, product in products.items():
@@ -194,24 +194,20 @@ class ChunkedHypernet(nn.Module):
 class _Rows:
     """A linear layer's weight, never stored: rows that chunks generate, and below them ``rest``, rows laid elsewhere."""
 
-    def __init__(self, h: Tensor, basis: Tensor, shape: torch.Size):
-        self.h, self.basis, self.shape = h, basis, shape
+    def __init__(self, h: Tensor, basis: Tensor, rows: int, shape: torch.Size):
+        self.h, self.basis, self.rows, self.shape = h, basis, rows, shape
         self.rest: list[Tensor] = []
 
     def weight(self) -> Tensor:
-        return _join([*ops.generate(self.h, self.basis, [self.shape]), *self.rest])
+        return _join([*ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape]), *self.rest])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         num_outputs, num_inputs = self.shape
         if x.shape[-1:] != (num_inputs,):
             raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
-        flat = x.reshape(-1, num_inputs)
-        chunks, (size, k) = len(self.h), self.basis.shape
-        with_grad = torch.is_grad_enabled() and (self.h.requires_grad or self.basis.requires_grad)
-        factorised = factorises(
-            len(flat), num_inputs, size // num_inputs, chunks, k - 1, with_grad, with_grad and x.requires_grad
-        )
-        y = ops.hyper_linear(flat, self.h, self.basis, num_outputs, factorised=factorised)
+        flat, with_grad = x.reshape(-1, num_inputs), torch.is_grad_enabled() and self.h.requires_grad
+        factorised = factorises(*(len(flat), num_inputs, self.rows, *self.h.shape), with_grad, with_grad and x.requires_grad)
+        y = ops.hyper_linear(flat, self.h, self.basis, rows=self.rows, num_outputs=num_outputs, factorised=factorised)
         y = torch.cat([y, *(F.linear(flat, rest) for rest in self.rest)], 1) if self.rest else y
         y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], -1)

@@ -19,9 +19,11 @@ LIBRARY.define(
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor grad, Tensor h, Tensor basis) -> (Tensor, Tensor)")
-LIBRARY.define("_hyper_linear_fwd(Tensor x, Tensor h, Tensor basis, int num_outputs, bool factorised) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "_hyper_linear_bwd(Tensor grad, Tensor x, Tensor h, Tensor basis, Tensor u, bool factorised, bool needs_x)"
+    "_hyper_linear_fwd(Tensor x, Tensor h, Tensor basis, int rows, int num_outputs, bool factorised) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "_hyper_linear_bwd(Tensor grad, Tensor x, Tensor h, Tensor basis, Tensor u, int rows, bool factorised, bool needs_x)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _ADAM = "Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, float beta2"
@@ -57,13 +59,13 @@ def _generate_bwd_fake(grad, h, basis):
 
 
 @torch.library.register_fake("fasthyper::_hyper_linear_fwd", lib=LIBRARY)
-def _hyper_linear_fwd_fake(x, h, basis, num_outputs, factorised):
-    u = x.new_empty(x.shape[0] if factorised else 0, basis.shape[0] // x.shape[1], basis.shape[1])
+def _hyper_linear_fwd_fake(x, h, basis, rows, num_outputs, factorised):
+    u = x.new_empty(x.shape[0] if factorised else 0, rows, basis.shape[1])
     return x.new_empty(x.shape[0], num_outputs), u
 
 
 @torch.library.register_fake("fasthyper::_hyper_linear_bwd", lib=LIBRARY)
-def _hyper_linear_bwd_fake(grad, x, h, basis, u, factorised, needs_x):
+def _hyper_linear_bwd_fake(grad, x, h, basis, u, rows, factorised, needs_x):
     return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
@@ -143,18 +145,18 @@ class _Generate(torch.autograd.Function):
 
 class _HyperLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h, basis, num_outputs, factorised):
-        y, u = _hyper_linear_fwd(x, h, basis, num_outputs, factorised)
+    def forward(ctx, x, h, basis, rows, num_outputs, factorised):
+        y, u = _hyper_linear_fwd(x, h, basis, rows, num_outputs, factorised)
         ctx.save_for_backward(x, h, basis, u)
-        ctx.factorised = factorised
+        ctx.order = rows, factorised
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         needs_x = ctx.needs_input_grad[0]
-        grad_x, grad_h, grad_basis = _hyper_linear_bwd(grad, *ctx.saved_tensors, ctx.factorised, needs_x)
-        return grad_x if needs_x else None, grad_h, grad_basis, None, None
+        grad_x, grad_h, grad_basis = _hyper_linear_bwd(grad, *ctx.saved_tensors, *ctx.order, needs_x)
+        return grad_x if needs_x else None, grad_h, grad_basis, None, None, None
 
 
 class _AdamDelta(torch.autograd.Function):
@@ -303,13 +305,14 @@ def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple
     return _Generate.apply(h, basis, sizes)
 
 
-def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, num_outputs: int, *, factorised: bool = False) -> Tensor:
+def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs: int, factorised: bool = False) -> Tensor:
     """``F.linear`` with a weight that chunks generate row by row, and that is never stored (DESIGN E3).
 
     Args:
         x:      ``[B, I]``.
         h:      ``[N, H]`` trunk features of the weight's chunks.
-        basis:  ``[r*I, H+1]`` shared basis of r rows of the weight; its last column is the bias.
+        basis:  ``[S, H+1]`` shared basis; its last column is the bias. The first ``rows * I`` of its rows are used.
+        rows:   r, rows of the weight in a chunk.
         num_outputs: O, rows of the weight; the last chunk may hold fewer than r.
         factorised: ``y = (x V) [h | 1]'``; otherwise tiles of the weight are made, used and dropped. The numbers are the
             same but for rounding; ``planner.factorises`` says which costs less.
@@ -328,14 +331,13 @@ def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, num_outputs: int, *, facto
     _check_shape(op, "h", h, ("N", "H"))
     _check_shape(op, "basis", basis, ("S", h.shape[1] + 1))
     _check_shape(op, "x", x, ("B", "I"))
-    rows, rest = divmod(basis.shape[0], max(1, x.shape[1]))
-    if rest or not rows:
-        raise ValueError(f"{op}: a basis of {basis.shape[0]} columns holds no whole number of rows of {x.shape[1]} inputs")
+    if rows * x.shape[1] > basis.shape[0]:
+        raise ValueError(f"{op}: {rows} rows of {x.shape[1]} inputs do not fit a basis of {basis.shape[0]} columns")
     if not (h.shape[0] - 1) * rows < num_outputs <= h.shape[0] * rows:
         raise ValueError(f"{op}: {h.shape[0]} chunks of {rows} rows do not make exactly {num_outputs} outputs")
     if x.dtype in HALF:
         x, h, basis = x.float(), h.float(), basis.float()
-    return _HyperLinear.apply(x, h, basis, num_outputs, factorised)
+    return _HyperLinear.apply(x, h, basis, rows, num_outputs, factorised)
 
 
 def adam_delta(

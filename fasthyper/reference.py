@@ -181,36 +181,46 @@ def generate_bwd(grad_P: Tensor, h_NH: Tensor, basis_SK: Tensor) -> tuple[Tensor
 
 
 def hyper_linear_fwd(
-    x_BI: Tensor, h_NH: Tensor, basis_SK: Tensor, num_outputs: int, factorised: bool
+    x_BI: Tensor, h_NH: Tensor, basis_SK: Tensor, rows: int, num_outputs: int, factorised: bool
 ) -> tuple[Tensor, Tensor]:
-    """y = x W' for the weight of E3 whose chunks hold r rows, S = r I: row n r + j is chunk n's slot j.
+    """y = x W' for the weight of E3 whose chunks hold r rows, in columns 0 .. r I: row n r + j is chunk n's slot j.
 
     Either W is made and used, or y = u Ha' with u_j = x V_j; u is returned for the backward pass, empty where there is none.
     """
+    num_inputs, k = x_BI.shape[1], basis_SK.shape[1]
     if not factorised:
-        w_OI = generate_fwd(h_NH, basis_SK, num_outputs * x_BI.shape[1]).view(num_outputs, -1)
-        return x_BI @ w_OI.T, x_BI.new_empty(0, basis_SK.shape[0] // x_BI.shape[1], basis_SK.shape[1])
-    u_BrK = torch.einsum("bi,rik->brk", x_BI, basis_SK.view(-1, x_BI.shape[1], basis_SK.shape[1]))
+        w_OI = generate_fwd(h_NH, basis_SK[: rows * num_inputs], num_outputs * num_inputs).view(num_outputs, -1)
+        return x_BI @ w_OI.T, x_BI.new_empty(0, rows, k)
+    u_BrK = torch.einsum("bi,rik->brk", x_BI, basis_SK[: rows * num_inputs].view(rows, num_inputs, k))
     y_BrN = u_BrK @ _with_ones(h_NH).T
     return y_BrN.mT.flatten(1)[:, :num_outputs].contiguous(), u_BrK.contiguous()
 
 
 def hyper_linear_bwd(
-    grad_BO: Tensor, x_BI: Tensor, h_NH: Tensor, basis_SK: Tensor, u_BrK: Tensor, factorised: bool, needs_x: bool
+    grad_BO: Tensor,
+    x_BI: Tensor,
+    h_NH: Tensor,
+    basis_SK: Tensor,
+    u_BrK: Tensor,
+    rows: int,
+    factorised: bool,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``hyper_linear_fwd`` for x (no rows of it where it is not needed), the features and the basis."""
     (num_inputs, num_outputs), (num_chunks, width) = (x_BI.shape[1], grad_BO.shape[1]), h_NH.shape
+    used_CK = basis_SK[: rows * num_inputs]
+    grad_basis_SK, grad_x_BI = torch.zeros_like(basis_SK), x_BI.new_empty(0, num_inputs)
     if not factorised:
-        grad_h_NH, grad_basis_SK = generate_bwd((grad_BO.T @ x_BI).flatten(), h_NH, basis_SK)
-        w_OI = generate_fwd(h_NH, basis_SK, num_outputs * num_inputs).view(num_outputs, num_inputs)
-        return grad_BO @ w_OI if needs_x else x_BI.new_empty(0, num_inputs), grad_h_NH, grad_basis_SK
-    basis_rIK = basis_SK.view(-1, num_inputs, width + 1)
-    padding = num_chunks * len(basis_rIK) - num_outputs
-    grad_BrN = F.pad(grad_BO, (0, padding)).view(len(grad_BO), num_chunks, len(basis_rIK)).mT
-    du_BrK = grad_BrN @ _with_ones(h_NH)
-    grad_h_NH = torch.einsum("brn,brh->nh", grad_BrN, u_BrK[..., :width])
-    grad_basis_SK = torch.einsum("bi,brk->rik", x_BI, du_BrK).reshape(basis_SK.shape)
-    grad_x_BI = torch.einsum("brk,rik->bi", du_BrK, basis_rIK) if needs_x else x_BI.new_empty(0, num_inputs)
+        grad_h_NH, grad_basis_SK[: len(used_CK)] = generate_bwd((grad_BO.T @ x_BI).flatten(), h_NH, used_CK)
+        if needs_x:
+            grad_x_BI = grad_BO @ generate_fwd(h_NH, used_CK, num_outputs * num_inputs).view(num_outputs, num_inputs)
+        return grad_x_BI, grad_h_NH, grad_basis_SK
+    padded_BNr = F.pad(grad_BO, (0, num_chunks * rows - num_outputs)).view(-1, num_chunks, rows)
+    du_BrK = padded_BNr.mT @ _with_ones(h_NH)
+    grad_h_NH = torch.einsum("bnr,brh->nh", padded_BNr, u_BrK[..., :width])
+    grad_basis_SK[: len(used_CK)] = torch.einsum("bi,brk->rik", x_BI, du_BrK).flatten(0, 1)
+    if needs_x:
+        grad_x_BI = torch.einsum("brk,rik->bi", du_BrK, used_CK.view(rows, num_inputs, -1))
     return grad_x_BI, grad_h_NH, grad_basis_SK
 
 

@@ -25,34 +25,34 @@ SHAPES = {
 orders = pytest.mark.parametrize("factorised", [False, True], ids=["generated", "factorised"])
 
 
-def inputs(batch, num_inputs, rows, width, num_outputs, dtype=torch.float64):
-    """x, h, basis"""
+def inputs(batch, num_inputs, rows, width, num_outputs, dtype=torch.float64, unused=0):
+    """x, h, basis; with some columns of the basis that are not used"""
     generator = torch.Generator().manual_seed(1)
-    shapes = (batch, num_inputs), (-(-num_outputs // rows), width), (rows * num_inputs, width + 1)
+    shapes = (batch, num_inputs), (-(-num_outputs // rows), width), (rows * num_inputs + unused, width + 1)
     return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def slow(x, h, basis, num_outputs):
+def slow(x, h, basis, rows, num_outputs):
     """The weight, chunk by chunk, then F.linear."""
-    weight = [(basis[:, :-1] @ row + basis[:, -1]).view(-1, x.shape[1]) for row in h]
+    weight = [(basis[:, :-1] @ row + basis[:, -1])[: rows * x.shape[1]].view(rows, x.shape[1]) for row in h]
     return F.linear(x, torch.cat(weight)[:num_outputs])
 
 
-def assert_forward_and_backward(implementation, dtype, shape, factorised, needs_x=True):
-    leaves, num_outputs = inputs(*shape, dtype), shape[-1]
+def assert_forward_and_backward(implementation, dtype, shape, factorised, needs_x=True, unused=0):
+    leaves, rows, num_outputs = inputs(*shape, dtype, unused), shape[2], shape[-1]
     generator = torch.Generator().manual_seed(2)
     grad = torch.randn(shape[0], num_outputs, generator=generator, dtype=torch.float64).to(dtype)
     exact = [t.double().requires_grad_() for t in leaves]
-    want = slow(*exact, num_outputs)
+    want = slow(*exact, rows, num_outputs)
     wanted = torch.autograd.grad(want, exact, grad.double())
     magnitudes = [t.detach().abs().requires_grad_() for t in exact]
-    scale = slow(*magnitudes, num_outputs)
+    scale = slow(*magnitudes, rows, num_outputs)
     scales = torch.autograd.grad(scale, magnitudes, grad.double().abs())
-    y, u = implementation.hyper_linear_fwd(*leaves, num_outputs, factorised)
+    y, u = implementation.hyper_linear_fwd(*leaves, rows, num_outputs, factorised)
     assert y.shape == want.shape and y.dtype == dtype and y.is_contiguous()
     assert len(u) == (len(y) if factorised else 0)
     assert oracle.relative_error(y, want.detach(), scale.detach()) < TOL["hyper_linear", dtype]
-    found = implementation.hyper_linear_bwd(grad, *leaves, u, factorised, needs_x)
+    found = implementation.hyper_linear_bwd(grad, *leaves, u, rows, factorised, needs_x)
     assert len(found[0]) == (len(y) if needs_x else 0)
     for have, want, scale in list(zip(found, wanted, scales, strict=True))[0 if needs_x else 1 :]:
         assert have.shape == want.shape
@@ -67,12 +67,13 @@ def assert_forward_and_backward(implementation, dtype, shape, factorised, needs_
     width=st.integers(1, 7),
     num_outputs=st.integers(1, 40),
     needs_x=st.booleans(),
+    unused=st.integers(0, 5),
 )
 def test_hyper_linear_over_random_shapes(
-    implementation, dtype, factorised, batch, num_inputs, rows, width, num_outputs, needs_x
+    implementation, dtype, factorised, batch, num_inputs, rows, width, num_outputs, needs_x, unused
 ):
     shape = batch, num_inputs, rows, width, num_outputs
-    assert_forward_and_backward(implementation, dtype, shape, factorised, needs_x)
+    assert_forward_and_backward(implementation, dtype, shape, factorised, needs_x, unused)
 
 
 @orders
@@ -84,25 +85,26 @@ def test_hyper_linear_forward_backward(implementation, factorised, name):
 @orders
 @pytest.mark.parametrize("name", ["tail", "one-chunk", "one-row-in-a-chunk"])
 def test_hyper_linear_gradcheck(factorised, name):
-    leaves = [t.requires_grad_() for t in inputs(*SHAPES[name])]
-    assert torch.autograd.gradcheck(lambda *t: ops.hyper_linear(*t, SHAPES[name][-1], factorised=factorised), leaves)
+    leaves = [t.requires_grad_() for t in inputs(*SHAPES[name], unused=2)]
+    settings = {"rows": SHAPES[name][2], "num_outputs": SHAPES[name][-1], "factorised": factorised}
+    assert torch.autograd.gradcheck(lambda *t: ops.hyper_linear(*t, **settings), leaves)
 
 
 @orders
 @pytest.mark.parametrize("name", ["tail", "whole-chunks", "one-of-everything"])
 def test_hyper_linear_opcheck(factorised, name, dtype):
-    leaves, num_outputs = inputs(*SHAPES[name], dtype), SHAPES[name][-1]
-    torch.library.opcheck(torch.ops.fasthyper._hyper_linear_fwd.default, (*leaves, num_outputs, factorised))
-    _, u = torch.ops.fasthyper._hyper_linear_fwd(*leaves, num_outputs, factorised)
+    leaves, (*_, rows, _, num_outputs) = inputs(*SHAPES[name], dtype), SHAPES[name]
+    torch.library.opcheck(torch.ops.fasthyper._hyper_linear_fwd.default, (*leaves, rows, num_outputs, factorised))
+    _, u = torch.ops.fasthyper._hyper_linear_fwd(*leaves, rows, num_outputs, factorised)
     grad = torch.ones(len(leaves[0]), num_outputs, dtype=dtype)
     for needs_x in (True, False):
-        torch.library.opcheck(torch.ops.fasthyper._hyper_linear_bwd.default, (grad, *leaves, u, factorised, needs_x))
+        torch.library.opcheck(torch.ops.fasthyper._hyper_linear_bwd.default, (grad, *leaves, u, rows, factorised, needs_x))
 
 
 @orders
 def test_hyper_linear_compiles_in_one_graph(factorised):
     def loss(x, h, basis):
-        return ops.hyper_linear(x.sin(), h, basis, 11, factorised=factorised).square().sum()
+        return ops.hyper_linear(x.sin(), h, basis, rows=4, num_outputs=11, factorised=factorised).square().sum()
 
     leaves = [t.requires_grad_() for t in inputs(*SHAPES["tail"])]
     want = torch.autograd.grad(loss(*leaves), leaves)
@@ -117,12 +119,12 @@ def test_hyper_linear_strides_and_an_expanded_gradient(implementation, factorise
     leaves = inputs(*SHAPES["tail"])
     strided = [torch.stack([t, t], -1)[..., 0] for t in leaves[:2]] + [leaves[2].T.contiguous().T]
     grad = torch.ones(1, dtype=torch.float64).expand(3, 11)
-    y, u = implementation.hyper_linear_fwd(*leaves, 11, factorised)
-    have_y, have_u = implementation.hyper_linear_fwd(*strided, 11, factorised)
+    y, u = implementation.hyper_linear_fwd(*leaves, 4, 11, factorised)
+    have_y, have_u = implementation.hyper_linear_fwd(*strided, 4, 11, factorised)
     assert have_y.allclose(y)
-    found = implementation.hyper_linear_bwd(grad, *strided, have_u, factorised, True)
+    found = implementation.hyper_linear_bwd(grad, *strided, have_u, 4, factorised, True)
     for have, want in zip(
-        found, implementation.hyper_linear_bwd(grad.contiguous(), *leaves, u, factorised, True), strict=True
+        found, implementation.hyper_linear_bwd(grad.contiguous(), *leaves, u, 4, factorised, True), strict=True
     ):
         assert have.allclose(want)
 
@@ -131,24 +133,27 @@ def test_hyper_linear_strides_and_an_expanded_gradient(implementation, factorise
 def test_hyper_linear_makes_no_gradient_of_x_where_none_is_needed(factorised):
     x, h, basis = inputs(*SHAPES["tail"])
     h.requires_grad_(), basis.requires_grad_()
-    found = torch.autograd.grad(ops.hyper_linear(x, h, basis, 11, factorised=factorised).sum(), [h, basis])
-    wanted = torch.autograd.grad(slow(x, h, basis, 11).sum(), [h, basis])
+    found = torch.autograd.grad(
+        ops.hyper_linear(x, h, basis, rows=4, num_outputs=11, factorised=factorised).sum(), [h, basis]
+    )
+    wanted = torch.autograd.grad(slow(x, h, basis, 4, 11).sum(), [h, basis])
     for have, want in zip(found, wanted, strict=True):
         assert oracle.relative_error(have, want) < 1e-12
 
 
 def test_hyper_linear_names_what_is_wrong():
     x, h, basis = inputs(*SHAPES["tail"])
-    with pytest.raises(ValueError, match="a basis of 20 columns holds no whole number of rows of 3 inputs"):
-        ops.hyper_linear(x[:, :3], h, basis, 11)
+    sizes = {"rows": 4, "num_outputs": 11}
+    with pytest.raises(ValueError, match="5 rows of 5 inputs do not fit a basis of 20 columns"):
+        ops.hyper_linear(x, h, basis, rows=5, num_outputs=11)
     for wrong in (8, 13):
         with pytest.raises(ValueError, match=f"3 chunks of 4 rows do not make exactly {wrong} outputs"):
-            ops.hyper_linear(x, h, basis, wrong)
+            ops.hyper_linear(x, h, basis, rows=4, num_outputs=wrong)
     with pytest.raises(ValueError, match=r"hyper_linear: basis must have shape \[S, 4\], got \[20, 3\]"):
-        ops.hyper_linear(x, h, basis[:, :3], 11)
+        ops.hyper_linear(x, h, basis[:, :3], **sizes)
     with pytest.raises(TypeError, match="h is torch.float32, x is torch.float64"):
-        ops.hyper_linear(x, h.float(), basis, 11)
-    assert ops.hyper_linear(x.bfloat16(), h.bfloat16(), basis.bfloat16(), 11).dtype == torch.float32
+        ops.hyper_linear(x, h.float(), basis, **sizes)
+    assert ops.hyper_linear(x.bfloat16(), h.bfloat16(), basis.bfloat16(), **sizes).dtype == torch.float32
 
 
 def test_planner_counts_the_products_of_either_order():

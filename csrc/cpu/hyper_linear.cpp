@@ -22,14 +22,14 @@ struct Tile {
 template <typename scalar_t>
 class HyperLinear {
  public:
-  HyperLinear(const Tensor& x, const Tensor& h, const Tensor& basis, int64_t num_outputs)
+  HyperLinear(const Tensor& x, const Tensor& h, const Tensor& basis, int64_t num_slots, int64_t num_outputs)
       : x_(x),
         basis_(basis),
         batch_(x.size(0)),
         num_inputs_(x.size(1)),
         num_chunks_(h.size(0)),
         k_(basis.size(1)),
-        num_slots_(basis.size(0) / num_inputs_),
+        num_slots_(num_slots),
         num_outputs_(num_outputs),
         ha_(make({num_chunks_, k_})) {
     const scalar_t* from = const_data<scalar_t>(h);
@@ -230,12 +230,13 @@ class HyperLinear {
   const Tensor ha_;  // [h | 1]
 };
 
-std::tuple<Tensor, Tensor> hyper_linear_fwd_cpu(Tensor x, Tensor h, Tensor basis, int64_t num_outputs, bool factorised) {
+std::tuple<Tensor, Tensor> hyper_linear_fwd_cpu(Tensor x, Tensor h, Tensor basis, int64_t num_slots, int64_t num_outputs,
+                                                bool factorised) {
   NoGrad no_grad;
   for (Tensor* t : {&x, &h, &basis}) *t = torch::stable::contiguous(*t);
   Tensor y = torch::stable::new_empty(x, {x.size(0), num_outputs}), u;
   dispatch_floating(x, "hyper_linear", [&](auto zero) {
-    const HyperLinear<decltype(zero)> layer(x, h, basis, num_outputs);
+    const HyperLinear<decltype(zero)> layer(x, h, basis, num_slots, num_outputs);
     u = layer.make_u(factorised);
     if (factorised)
       layer.factorised(y, u);
@@ -246,13 +247,15 @@ std::tuple<Tensor, Tensor> hyper_linear_fwd_cpu(Tensor x, Tensor h, Tensor basis
 }
 
 std::tuple<Tensor, Tensor, Tensor> hyper_linear_bwd_cpu(Tensor grad, Tensor x, Tensor h, Tensor basis, Tensor u,
-                                                        bool factorised, bool needs_x) {
+                                                        int64_t num_slots, bool factorised, bool needs_x) {
   NoGrad no_grad;
   for (Tensor* t : {&grad, &x, &h, &basis, &u}) *t = torch::stable::contiguous(*t);
   Tensor grad_x = torch::stable::new_empty(x, {needs_x ? x.size(0) : 0, x.size(1)});
   Tensor grad_basis = torch::stable::new_empty(basis, basis.sizes()), grad_h;
   dispatch_floating(x, "hyper_linear", [&](auto zero) {
-    const HyperLinear<decltype(zero)> layer(x, h, basis, grad.size(1));
+    const HyperLinear<decltype(zero)> layer(x, h, basis, num_slots, grad.size(1));
+    const int64_t used = num_slots * x.size(1) * basis.size(1);
+    std::fill_n(data<decltype(zero)>(grad_basis) + used, grad_basis.numel() - used, decltype(zero)(0));
     const Tensor grad_ha = layer.make({h.size(0), basis.size(1)});
     if (factorised)
       layer.factorised_backward(grad, u, grad_x, grad_ha, grad_basis);
