@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasthyper import ops
 from fasthyper.activations import ACTIVATIONS
-from fasthyper.layout import Layout
+from fasthyper.layout import Block, Layout
 from fasthyper.planner import factorises
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
@@ -172,14 +172,19 @@ class ChunkedHypernet(nn.Module):
         for block, parts in zip(self.layout.blocks, self._parts, strict=True):
             h_block = _narrow(h, block.chunk_lo, block.chunk_hi)
             if block.rows and parts[0][0] in fused:
-                products[parts[0][0]] = _Rows(h_block, self.basis, block.rows, parts[0][1])
+                products[parts[0][0]] = _Rows(h_block, self.basis, block)
                 continue
-            made = ops.generate(h_block, _narrow(self.basis, 0, block.size), [shape for _, shape in parts])
+            basis = _narrow(self.basis, block.col_lo, block.col_lo + block.size)
+            made = ops.generate(h_block, basis, [shape for _, shape in parts])
             for (name, _), weight in zip(parts, made, strict=True):
                 found[name].append(weight)
-        for name, product in products.items():
-            product.rest = found.pop(name)
-        return {name: _join(weights) for name, weights in found.items()}, products
+        weights = {}
+        for name, shape in zip(self.target.names, self.target.shapes, strict=True):
+            if name in products:
+                products[name].rest = _join(found[name], (-1, shape[1])) if found[name] else None
+            else:
+                weights[name] = _join(found[name], shape)
+        return weights, products
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
         self.target.train(mode)
@@ -192,23 +197,26 @@ class ChunkedHypernet(nn.Module):
 
 
 class _Rows:
-    """A linear layer's weight, never stored: rows that chunks generate, and below them ``rest``, rows laid elsewhere."""
+    """A linear layer's weight, never stored: rows that the chunks of a block generate, and ``rest``, rows laid elsewhere."""
 
-    def __init__(self, h: Tensor, basis: Tensor, rows: int, shape: torch.Size):
-        self.h, self.basis, self.rows, self.shape = h, basis, rows, shape
-        self.rest: list[Tensor] = []
+    def __init__(self, h: Tensor, basis: Tensor, block: Block):
+        self.h, self.basis, self.rows = h, basis, block.rows
+        self.shape = torch.Size([len(h) * block.rows, block.size // block.rows])
+        self.rest: Tensor | None = None
 
     def weight(self) -> Tensor:
-        return _join([*ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape]), *self.rest])
+        (weight,) = ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape])
+        return weight if self.rest is None else torch.cat([weight, self.rest])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         num_outputs, num_inputs = self.shape
         if x.shape[-1:] != (num_inputs,):
             raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
         flat, with_grad = x.reshape(-1, num_inputs), torch.is_grad_enabled() and self.h.requires_grad
-        factorised = factorises(*(len(flat), num_inputs, self.rows, *self.h.shape), with_grad, with_grad and x.requires_grad)
+        (chunks, width), with_grad_x = self.h.shape, with_grad and x.requires_grad
+        factorised = factorises(len(flat), num_inputs, self.rows, chunks, width, with_grad, with_grad_x)
         y = ops.hyper_linear(flat, self.h, self.basis, rows=self.rows, num_outputs=num_outputs, factorised=factorised)
-        y = torch.cat([y, *(F.linear(flat, rest) for rest in self.rest)], 1) if self.rest else y
+        y = y if self.rest is None else torch.cat([y, F.linear(flat, self.rest)], 1)
         y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], -1)
 
@@ -217,8 +225,10 @@ def _narrow(rows: Tensor, lo: int, hi: int) -> Tensor:
     return rows if (lo, hi) == (0, len(rows)) else rows[lo:hi]
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].view(shape)
+    return torch.cat([part.flatten() for part in parts]).view(shape)
 
 
 def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,13 @@
 
 Weights lie end to end: position p of a block is column p % size of its chunk p // size. A tail or a task's own head is then
 a range of positions, and every range is a few rectangles. Laid flat, all weights are one block. Laid aligned, a matrix is a
-block whose chunks hold whole rows of it; nothing is padded, for a block of narrower rows leaves the last columns alone.
-Pure Python.
+block whose chunks hold whole rows of it, and what is not laid so fills the columns that such blocks leave. Pure Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 Range = tuple[int, int]  # [start, stop), in the flat vector of target weights or in the order in which they are laid
@@ -40,16 +40,21 @@ class Matrix(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Ranges of the flat vector, laid end to end in columns ``[0, size)`` of chunks ``[chunk_lo, chunk_hi)``.
+    """Ranges of the flat vector, laid end to end in ``size`` columns from ``col_lo`` of chunks ``[chunk_lo, chunk_hi)``.
 
-    ``rows``: how many whole rows of one matrix each chunk holds; 0 in the block of all else.
+    ``rows``: how many whole rows of one matrix each chunk holds; 0 in a block of anything else.
     """
 
     chunk_lo: int
     chunk_hi: int
+    col_lo: int
     size: int
     rows: int
     ranges: tuple[Range, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(hi - lo for lo, hi in self.ranges)
 
 
 class Layout:
@@ -61,8 +66,8 @@ class Layout:
         heads: per task, the flat ranges of its own output head. Weights in no head are held for every task; weights of a
             head only for its task. Empty: all weights are shared.
         matrices: to be laid aligned: each that fills at least two chunks of whole rows (one row, where rows are wider than
-            ``chunk_size``) is a block of its own, but for the rows that are left over. All else is one block, the last. S is
-            then the widest block's size. Empty: all weights are one block, laid flat.
+            ``chunk_size``) is a block of its own, but for the rows that are left over. S is then the widest block's size.
+            All else fills the columns that narrower blocks leave, then more chunks. Empty: one block of all, laid flat.
     """
 
     def __init__(
@@ -76,35 +81,20 @@ class Layout:
             raise ValueError(f"num_weights and chunk_size must be at least 1, got {num_weights} and {chunk_size}")
         self.num_weights = num_weights
         self.blocks = _blocks(num_weights, chunk_size, matrices)
-        self.chunk_size = max(block.size for block in self.blocks)
-        self.num_chunks = self.blocks[-1].chunk_hi
-        self._runs = self._equal_runs()
+        self.chunk_size = max(block.col_lo + block.size for block in self.blocks)
+        self.num_chunks = max(block.chunk_hi for block in self.blocks)
         self.heads = [[laid for span in ranges for laid in self._laid(span)] for ranges in heads]
         self.shared = _complement([r for ranges in self.heads for r in ranges], num_weights)
 
     def rectangles(self, span: Range) -> list[Rectangle]:
-        """Where weights ``span`` lie, in the order in which they are laid: at most three rectangles in chunks of a size."""
-        rectangles = []
-        for start, stop, size, chunk in self._runs:
-            lo, hi = max(span[0], start) - start, min(span[1], stop) - start
-            if lo < hi:
-                rectangles += [
-                    Rectangle(r.chunk_lo + chunk, r.chunk_hi + chunk, r.col_lo, r.col_hi) for r in _rectangles(lo, hi, size)
-                ]
-        return rectangles
-
-    def _equal_runs(self) -> list[tuple[int, int, int, int]]:
-        """Start, stop, size, first chunk. Neighbouring blocks of a size are one run: all but the last fill their chunks."""
-        runs: list[tuple[int, int, int, int]] = []
-        position = 0
+        """Where weights ``span`` lie, in the order in which they are laid; at most three rectangles in a block."""
+        rectangles, start = [], 0
         for block in self.blocks:
-            stop = position + sum(hi - lo for lo, hi in block.ranges)
-            start, chunk = position, block.chunk_lo
-            if runs and runs[-1][2] == block.size:
-                start, _, _, chunk = runs.pop()
-            runs.append((start, stop, block.size, chunk))
-            position = stop
-        return runs
+            lo, hi = max(span[0] - start, 0), min(span[1] - start, block.num_weights)
+            if lo < hi:
+                rectangles += _rectangles(lo, hi, block)
+            start += block.num_weights
+        return rectangles if len(self.blocks) == 1 else _union(rectangles)
 
     def _laid(self, span: Range) -> list[Range]:
         """A range of the flat vector, in the order in which weights are laid."""
@@ -118,40 +108,73 @@ class Layout:
 
 
 def _blocks(num_weights: int, chunk_size: int, matrices: Sequence[Matrix]) -> list[Block]:
-    """Smaller sizes first: what is left over takes the widest, and continues the blocks that have it too."""
-    aligned: list[tuple[int, int, Range]] = []
+    """Wide blocks first, so that what fills the columns left by others continues them."""
+    whole: list[tuple[int, int, Range]] = []
     for start, num_rows, row_size in matrices:
         rows = max(1, chunk_size // row_size)
-        whole = num_rows // rows
-        if whole >= 2:
-            aligned.append((rows * row_size, rows, (start, start + whole * rows * row_size)))
-    aligned.sort()
-    blocks, chunk = [], 0
-    for size, rows, span in aligned:
-        blocks.append(Block(chunk, chunk + (span[1] - span[0]) // size, size, rows, (span,)))
-        chunk = blocks[-1].chunk_hi
-    rest = _complement([span for *_, span in aligned], num_weights)
-    if rest:
-        size = aligned[-1][0] if aligned else chunk_size
-        length = sum(hi - lo for lo, hi in rest)
-        blocks.append(Block(chunk, chunk - (-length // size), size, 0, tuple(rest)))
+        if num_rows >= 2 * rows:
+            whole.append((rows * row_size, rows, (start, start + num_rows // rows * rows * row_size)))
+    whole.sort(key=lambda entry: -entry[0])
+    blocks: list[Block] = []
+    for size, rows, span in whole:
+        chunk = blocks[-1].chunk_hi if blocks else 0
+        blocks.append(Block(chunk, chunk + (span[1] - span[0]) // size, 0, size, rows, (span,)))
+    widest, last = (blocks[0].size, blocks[-1].chunk_hi) if blocks else (chunk_size, 0)
+    rest = _complement([span for *_, span in whole], num_weights)
+    room = [(b.chunk_lo, b.chunk_hi, b.size) for b in blocks if b.size < widest] + [(last, last + num_weights, 0)]
+    for chunk, stop, col in room:
+        taken, rest = _split(rest, (stop - chunk) * (widest - col))
+        if taken:
+            num_chunks = -(sum(lo - hi for lo, hi in taken) // (widest - col))
+            blocks.append(Block(chunk, chunk + num_chunks, col, widest - col, 0, tuple(taken)))
     return blocks
 
 
-def _rectangles(start: int, stop: int, size: int) -> list[Rectangle]:
-    """A range laid in chunks of a size: its first, partial chunk; the whole chunks; its last, partial chunk."""
-    first, last = start // size, (stop - 1) // size
+def _split(ranges: Sequence[Range], length: int) -> tuple[list[Range], list[Range]]:
+    """The first ``length`` positions of the ranges, and the others."""
+    taken, rest = [], []
+    for lo, hi in ranges:
+        cut = min(hi, lo + length)
+        length -= cut - lo
+        taken += [(lo, cut)] if lo < cut else []
+        rest += [(cut, hi)] if cut < hi else []
+    return taken, rest
+
+
+def _rectangles(start: int, stop: int, block: Block) -> list[Rectangle]:
+    """Positions of a block: their first, partial chunk; the whole chunks; their last, partial chunk."""
+    size, (first, last) = block.size, (start // block.size, (stop - 1) // block.size)
+
+    def place(chunk_lo: int, chunk_hi: int, lo: int, hi: int) -> Rectangle:
+        return Rectangle(block.chunk_lo + chunk_lo, block.chunk_lo + chunk_hi, block.col_lo + lo, block.col_lo + hi)
+
     if first == last:
-        return _non_empty([Rectangle(first, first + 1, start - first * size, stop - first * size)])
+        return _non_empty([place(first, first + 1, start - first * size, stop - first * size)])
     whole_lo = first if start % size == 0 else first + 1
     whole_hi = last + 1 if stop % size == 0 else last
     return _non_empty(
         [
-            Rectangle(first, whole_lo, start % size, size),
-            Rectangle(whole_lo, whole_hi, 0, size),
-            Rectangle(whole_hi, last + 1, 0, stop - last * size),
+            place(first, whole_lo, start % size, size),
+            place(whole_lo, whole_hi, 0, size),
+            place(whole_hi, last + 1, 0, stop - last * size),
         ]
     )
+
+
+def _union(rectangles: Sequence[Rectangle]) -> list[Rectangle]:
+    """The same cells, chunks that follow each other and have the same columns taken together."""
+    cuts = sorted({cut for r in rectangles for cut in (r.chunk_lo, r.chunk_hi)})
+    groups: list[tuple[int, int, list[Range]]] = []  # chunks, and their columns
+    for lo, hi in pairwise(cuts):
+        columns: list[Range] = []
+        for col_lo, col_hi in sorted(r[2:] for r in rectangles if r.chunk_lo <= lo and hi <= r.chunk_hi):
+            if columns and columns[-1][1] == col_lo:
+                col_lo, _ = columns.pop()
+            columns.append((col_lo, col_hi))
+        if groups and groups[-1][1:] == (lo, columns):
+            lo, *_ = groups.pop()
+        groups.append((lo, hi, columns))
+    return [Rectangle(lo, hi, *span) for lo, hi, columns in groups for span in columns]
 
 
 def _non_empty(rectangles: list[Rectangle]) -> list[Rectangle]:

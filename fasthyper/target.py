@@ -104,14 +104,14 @@ class Target:
         return [Matrix(start, s[0], s[1:].numel()) for name, start, s in sizes if name in weights and s.numel()]
 
     def parts(self, span: Range) -> list[tuple[str, torch.Size]]:
-        """The parameters that a range of the flat vector meets, each with its shape or that of the rows that it takes."""
+        """The parameters that a range of the flat vector meets, each with its shape or, of part of it, number of weights."""
         parts = []
         for name, start, shape in zip(self.names, self._starts, self.shapes, strict=False):
             size = min(span[1], start + shape.numel()) - max(span[0], start)
             if size == shape.numel() and span[0] <= start:
                 parts.append((name, shape))
             elif size > 0:
-                parts.append((name, torch.Size([size // shape[1:].numel(), *shape[1:]])))
+                parts.append((name, torch.Size([size])))
         return parts
 
     def take_products(self, names: Container[str]) -> frozenset[str]:

@@ -21,7 +21,8 @@ def laid_weights(layout, h: Tensor, basis: Tensor) -> Tensor:
     flat = h.new_zeros(layout.num_weights)
     for block in layout.blocks:
         size = sum(stop - start for start, stop in block.ranges)
-        laid = all_weights(h[block.chunk_lo : block.chunk_hi], basis[: block.size], size)
+        columns = basis[block.col_lo : block.col_lo + block.size]
+        laid = all_weights(h[block.chunk_lo : block.chunk_hi], columns, size)
         places = torch.cat([torch.arange(*span) for span in block.ranges])
         flat = flat.index_put((places,), laid)
     return flat

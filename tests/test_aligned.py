@@ -126,7 +126,7 @@ def test_row_of_a_chunk_is_its_part_of_the_basis_times_its_features(chunk_size):
     for block, parts in zip(hnet.layout.blocks, hnet._parts, strict=True):
         if block.rows:
             weight = hnet.generate(2)[parts[0][0]]
-            for row in range(parts[0][1][0]):
+            for row in range((block.chunk_hi - block.chunk_lo) * block.rows):
                 n, j = divmod(row, block.rows)
                 part = hnet.basis[j * weight.shape[1] : (j + 1) * weight.shape[1]]
                 assert weight[row].allclose(part[:, :-1] @ h[block.chunk_lo + n] + part[:, -1])
@@ -157,7 +157,7 @@ def test_chunks_are_as_many_and_as_wide_as_when_laid_flat():
     target = fh.nets.MLP(1024, (1000, 1000), 10)
     for chunk_size in (7500, 78_000):
         flat, aligned = (make(target, layout, chunk_size=chunk_size, hidden=(3,)).layout for layout in ("flat", "aligned"))
-        assert aligned.chunk_size <= flat.chunk_size and aligned.num_chunks <= 1.1 * flat.num_chunks
+        assert aligned.chunk_size <= flat.chunk_size and aligned.num_chunks <= 1.05 * flat.num_chunks
 
 
 def test_inputs_of_a_wrong_shape_are_named_and_leave_the_target_as_it_was():

@@ -39,7 +39,8 @@ def test_aligned_blocks_hold_each_weight_once_in_whole_rows(chunk, shapes, trail
         laid = torch.cat([torch.arange(*span) for span in block.ranges])
         for n, row in enumerate(laid.split(block.size)):
             assert block.chunk_lo + n < block.chunk_hi
-            cells[block.chunk_lo + n, : len(row)] = row
+            assert (cells[block.chunk_lo + n, block.col_lo : block.col_lo + len(row)] == -1).all()
+            cells[block.chunk_lo + n, block.col_lo : block.col_lo + len(row)] = row
         assert block.chunk_hi == block.chunk_lo + n + 1
         if block.rows:
             (start, stop) = block.ranges[0]
@@ -58,13 +59,13 @@ def test_aligned_blocks_hold_each_weight_once_in_whole_rows(chunk, shapes, trail
     assert cells[cell.chunk_lo, cell.col_lo] == 0 and (cell.num_chunks, cell.num_cols) == (1, 1)
 
 
-def test_aligned_blocks_of_a_size_share_their_rectangle():
-    """MLP 1024-1000-1000-10 in chunks of 7500: what is left over continues the first layer's chunks of 7 x 1024."""
+def test_what_is_left_over_makes_one_rectangle_of_blocks_of_different_sizes():
+    """MLP 1024-1000-1000-10 in chunks of 7500: 142 chunks of 7 x 1024, and 142 of 7 x 1000, which leave 168 columns."""
     first, second, last = Matrix(0, 1000, 1024), Matrix(1_025_000, 1000, 1000), Matrix(2_026_000, 10, 1000)
     layout = Layout(2_036_010, 7500, (), [first, second, last])
-    assert (layout.num_chunks, layout.chunk_size) == (288, 7168)
+    assert (layout.num_chunks, layout.chunk_size) == (285, 7168)
     ((span),) = layout.shared
-    assert layout.rectangles(span) == [(0, 142, 0, 7000), (142, 287, 0, 7168), (287, 288, 0, 2650)]
+    assert layout.rectangles(span) == [(0, 284, 0, 7168), (284, 285, 0, 298)]
 
 
 def test_heads_are_held_for_their_own_task_only():
