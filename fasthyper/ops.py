@@ -331,9 +331,9 @@ def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs:
     _check_shape(op, "h", h, ("N", "H"))
     _check_shape(op, "basis", basis, ("S", h.shape[1] + 1))
     _check_shape(op, "x", x, ("B", "I"))
-    if rows * x.shape[1] > basis.shape[0]:
+    if x.shape[1] < 1 or rows * x.shape[1] > basis.shape[0]:
         raise ValueError(f"{op}: {rows} rows of {x.shape[1]} inputs do not fit a basis of {basis.shape[0]} columns")
-    if not (h.shape[0] - 1) * rows < num_outputs <= h.shape[0] * rows:
+    if num_outputs < 1 or not (h.shape[0] - 1) * rows < num_outputs <= h.shape[0] * rows:
         raise ValueError(f"{op}: {h.shape[0]} chunks of {rows} rows do not make exactly {num_outputs} outputs")
     if x.dtype in HALF:
         x, h, basis = x.float(), h.float(), basis.float()

@@ -146,6 +146,10 @@ def test_hyper_linear_names_what_is_wrong():
     sizes = {"rows": 4, "num_outputs": 11}
     with pytest.raises(ValueError, match="5 rows of 5 inputs do not fit a basis of 20 columns"):
         ops.hyper_linear(x, h, basis, rows=5, num_outputs=11)
+    with pytest.raises(ValueError, match="4 rows of 0 inputs do not fit"):
+        ops.hyper_linear(x[:, :0], h, basis, **sizes)
+    with pytest.raises(ValueError, match="0 chunks of 4 rows do not make exactly 0 outputs"):
+        ops.hyper_linear(x, h[:0], basis, rows=4, num_outputs=0)
     for wrong in (8, 13):
         with pytest.raises(ValueError, match=f"3 chunks of 4 rows do not make exactly {wrong} outputs"):
             ops.hyper_linear(x, h, basis, rows=4, num_outputs=wrong)
