@@ -34,9 +34,9 @@ class ChunkedHypernet(nn.Module):
         activation: after each trunk layer; a key of ``activations.ACTIVATIONS``.
         outputs_per_task: size of each task's own output head, a slice of the target's last layer; ``None``: shared outputs.
         layout: how weights are laid over the chunks. ``"flat"``: end to end. ``"aligned"``: chunks hold whole rows of the
-            weights of linear and convolutional layers, and linear layers run without their weight ever being stored, which
-            is faster where H is larger than the batch, or nearly. S is then at most ``chunk_size``, or the longest row where
-            one is longer, and N about as many as when laid flat.
+            weights of linear and convolutional layers, and linear layers run without their weight ever being stored, with
+            fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
+            row where one is longer, and N about as many as when laid flat.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
