@@ -169,16 +169,16 @@ class ChunkedHypernet(nn.Module):
         """The target's weights, and in their place products for those in ``fused``."""
         h = self.features(self.embedding(task)[None])[0]
         found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
-        products = {}
+        products, made = {}, []
         for block, parts in zip(self.layout.blocks, self._parts, strict=True):
-            h_block = _narrow(h, block.chunk_lo, block.chunk_hi)
             if block.rows and parts[0][0] in fused:
-                products[parts[0][0]] = _Rows(h_block, self.basis, block)
-                continue
-            basis = _narrow(self.basis, block.col_lo, block.col_lo + block.size)
-            made = ops.generate(h_block, basis, [shape for _, shape in parts])
-            for (name, _), weight in zip(parts, made, strict=True):
-                found[name].append(weight)
+                products[parts[0][0]] = _Rows(h[block.chunk_lo : block.chunk_hi], self.basis, block)
+            else:
+                made.append((block, parts))
+        blocks = [((b.chunk_lo, b.chunk_hi), (b.col_lo, b.col_lo + b.size), [s for _, s in parts]) for b, parts in made]
+        names = [name for _, parts in made for name, _ in parts]
+        for name, weight in zip(names, ops.generate_blocks(h, self.basis, blocks) if blocks else (), strict=True):
+            found[name].append(weight)
         weights = {}
         for name, shape in zip(self.target.names, self.target.shapes, strict=True):
             if name in products:
@@ -220,10 +220,6 @@ class _Rows:
         y = y if self.rest is None else torch.cat([y, F.linear(flat, self.rest)], 1)
         y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], -1)
-
-
-def _narrow(rows: Tensor, lo: int, hi: int) -> Tensor:
-    return rows if (lo, hi) == (0, len(rows)) else rows[lo:hi]
 
 
 def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

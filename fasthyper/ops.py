@@ -123,24 +123,40 @@ class _HypernetDrift(torch.autograd.Function):
 
 class _Generate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, basis, shapes):
-        sizes = [shape.numel() for shape in shapes]
-        flat = _generate_fwd(h, basis, sum(sizes))
+    def forward(ctx, h, basis, blocks):
         ctx.save_for_backward(h, basis)
-        ctx.shapes = shapes
+        ctx.blocks = blocks
         ctx.set_materialize_grads(False)
-        return tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+        parts = []
+        for chunks, cols, shapes in blocks:
+            sizes = [shape.numel() for shape in shapes]
+            flat = _generate_fwd(h[slice(*chunks)], basis[slice(*cols)], sum(sizes))
+            parts += [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        return tuple(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        h, basis = ctx.saved_tensors
-        parts = [
-            h.new_zeros(shape.numel()) if grad is None else grad.reshape(-1)
-            for grad, shape in zip(grads, ctx.shapes, strict=True)
-        ]
-        grad_h, grad_basis = _generate_bwd(torch.cat(parts), h, basis)
+        (h, basis), remaining, found = ctx.saved_tensors, iter(grads), []
+        for chunks, cols, shapes in ctx.blocks:
+            parts = [
+                h.new_zeros(shape.numel()) if grad is None else grad.reshape(-1)
+                for shape, grad in zip(shapes, remaining, strict=False)
+            ]
+            found.append((chunks, cols, *_generate_bwd(torch.cat(parts), h[slice(*chunks)], basis[slice(*cols)])))
+        grad_h = _sum_of_rows(h, [(chunks, part) for chunks, _, part, _ in found])
+        grad_basis = _sum_of_rows(basis, [(cols, part) for _, cols, _, part in found])
         return grad_h, grad_basis, None
+
+
+def _sum_of_rows(like, parts):
+    """Parts, each of some rows of ``like``, added up; nothing is copied where one has all rows, and the others none."""
+    (rows, total), *others = sorted(parts, key=lambda part: -part[1].shape[0])
+    if total.shape != like.shape:
+        total, others = torch.zeros_like(like), parts
+    for rows, part in others:
+        total[slice(*rows)] += part
+    return total
 
 
 class _HyperLinear(torch.autograd.Function):
@@ -290,19 +306,41 @@ def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple
         ValueError: shapes disagree, or P does not need exactly N chunks.
         TypeError: dtypes differ or are not floating point.
     """
+    return generate_blocks(h, basis, [((0, h.shape[0]), (0, basis.shape[0]), shapes)])
+
+
+def generate_blocks(
+    h: Tensor, basis: Tensor, blocks: Sequence[tuple[tuple[int, int], tuple[int, int], Sequence[Sequence[int]]]]
+) -> tuple[Tensor, ...]:
+    """``generate`` for several blocks of the grid, with one backward for all of them.
+
+    Args:
+        h, basis: as in ``generate``.
+        blocks: per block ``[start, stop)`` of its chunks, ``[start, stop)`` of its columns, and the shapes that it holds.
+
+    Returns:
+        One tensor per shape, those of a block as views of one buffer.
+
+    Raises:
+        ValueError: shapes disagree, or a block's weights do not need exactly its chunks.
+        TypeError: dtypes differ or are not floating point.
+    """
     _check_dtypes("generate", h=h, basis=basis)
     _check_shape("generate", "h", h, ("N", "H"))
     _check_shape("generate", "basis", basis, ("S", h.shape[1] + 1))
-    sizes = tuple(torch.Size(shape) for shape in shapes)
-    total, chunk_size = sum(size.numel() for size in sizes), basis.shape[0]
-    if not (h.shape[0] - 1) * chunk_size < total <= h.shape[0] * chunk_size:
-        raise ValueError(
-            f"generate: {total} target weights in chunks of {chunk_size} need {-(-total // chunk_size)} chunks, got "
-            f"features of {h.shape[0]}"
-        )
+    checked = []
+    for chunks, cols, shapes in blocks:
+        sizes = tuple(torch.Size(shape) for shape in shapes)
+        total, chunk_size, num_chunks = sum(size.numel() for size in sizes), cols[1] - cols[0], chunks[1] - chunks[0]
+        if not (num_chunks - 1) * chunk_size < total <= num_chunks * chunk_size:
+            raise ValueError(
+                f"generate: {total} target weights in chunks of {chunk_size} need {-(-total // chunk_size)} chunks, got "
+                f"features of {num_chunks}"
+            )
+        checked.append((chunks, cols, sizes))
     if h.dtype in HALF:
         h, basis = h.float(), basis.float()
-    return _Generate.apply(h, basis, sizes)
+    return _Generate.apply(h, basis, tuple(checked))
 
 
 def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs: int, factorised: bool = False) -> Tensor:
