@@ -59,6 +59,7 @@ TARGETS = {  # name: (target, shape of a batch, weights never stored at chunk_si
     "rows-longer-than-a-chunk": (lambda: fh.nets.MLP(30, (7,), 4), (5, 30), 2),
     "a-linear-layer-alone": (lambda: nn.Linear(6, 9), (5, 6), 1),
     "more-dimensions": (lambda: nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 4)), (3, 2, 6), 2),
+    "empty-batch": (lambda: fh.nets.MLP(6, (9, 8), 4), (0, 6), 3),
     "one-example": (lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)), (6,), 2),
     "convolutions": (
         lambda: nn.Sequential(
@@ -105,6 +106,15 @@ def test_a_target_gives_what_its_generated_weights_give(name, hidden):
             assert oracle.relative_error(have, want) < 1e-10
         with torch.no_grad():
             assert oracle.relative_error(hnet(x, 1), found[0]) < 1e-12
+
+
+def test_parameters_read_in_a_forward_pass_raise():
+    class ReadsParameters(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + sum(p.square().sum() for p in self.parameters())
+
+    with pytest.raises(RuntimeError, match="meta"):
+        make(ReadsParameters(nn.Linear(6, 9)))(torch.randn(5, 6, dtype=torch.float64), 0)
 
 
 @pytest.mark.parametrize("name", TARGETS)
