@@ -36,8 +36,8 @@ class ChunkedHypernet(nn.Module):
         layout: how weights are laid over the chunks. ``"flat"``: end to end. ``"aligned"``: chunks hold whole rows of the
             weights of linear and convolutional layers, and linear layers run without their weight ever being stored, with
             fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
-            row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read ``layer.weight``
-            of such a layer, which makes it; going through ``parameters()`` there raises.
+            row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read such a layer's
+            ``weight``, which makes it; going through ``parameters()`` there raises.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
