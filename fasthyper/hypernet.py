@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper import ops
 from fasthyper.activations import ACTIVATIONS
-from fasthyper.layout import Layout
+from fasthyper.layout import Block, Layout
+from fasthyper.planner import factorises
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
 from fasthyper.trunk import run_trunk
@@ -31,7 +33,11 @@ class ChunkedHypernet(nn.Module):
         task_dim: E.  chunk_dim: Z, ignored when ``chunk_size`` is ``None``.
         activation: after each trunk layer; a key of ``activations.ACTIVATIONS``.
         outputs_per_task: size of each task's own output head, a slice of the target's last layer; ``None``: shared outputs.
-        layout: how weights are laid over the chunks; only ``"flat"``, end to end.
+        layout: how weights are laid over the chunks. ``"flat"``: end to end. ``"aligned"``: chunks hold whole rows of the
+            weights of linear and convolutional layers, and linear layers run without their weight ever being stored, with
+            fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
+            row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read such a layer's
+            ``weight``, which makes it; going through ``parameters()`` there raises.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -60,12 +66,16 @@ class ChunkedHypernet(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        if layout != "flat":
-            raise ValueError(f"unknown layout {layout!r}; this version has 'flat' only")
+        if layout not in ("flat", "aligned"):
+            raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
         self.target = Target(target, outputs_per_task)
-        self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads)
+        matrices = self.target.matrices() if layout == "aligned" else []
+        self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads, matrices)
+        self._parts = [[p for span in b.ranges for p in self.target.parts(span)] for b in self.layout.blocks]
+        in_rows = {parts[0][0] for b, parts in zip(self.layout.blocks, self._parts, strict=True) if b.rows}
+        self._fused = self.target.take_products(in_rows)
         self.config: dict[str, Any] = {
             "chunk_size": chunk_size,
             "hidden": list(hidden),
@@ -137,8 +147,7 @@ class ChunkedHypernet(nn.Module):
         Raises:
             IndexError: no such task.
         """
-        h = self.features(self.embedding(task)[None])[0]
-        return dict(zip(self.target.names, ops.generate(h, self.basis, self.target.shapes), strict=True))
+        return self._weights(task)[0]
 
     def embedding(self, task: int) -> nn.Parameter:
         """Task embedding ``[E]``.
@@ -154,7 +163,30 @@ class ChunkedHypernet(nn.Module):
 
     def forward(self, inputs: Tensor, task: int) -> Tensor:
         """The target's outputs ``[B, num_classes]`` for ``inputs`` ``[B, ...]``, with the weights of ``task``."""
-        return self.target(self.generate(task), inputs, task)
+        weights, products = self._weights(task, self._fused)
+        return self.target(weights, inputs, task, products)
+
+    def _weights(self, task: int, fused: Container[str] = ()) -> tuple[dict[str, Tensor], dict[str, _Rows]]:
+        """The target's weights, and in their place products for those in ``fused``."""
+        h = self.features(self.embedding(task)[None])[0]
+        found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
+        products, made = {}, []
+        for block, parts in zip(self.layout.blocks, self._parts, strict=True):
+            if block.rows and parts[0][0] in fused:
+                products[parts[0][0]] = _Rows(h[block.chunk_lo : block.chunk_hi], self.basis, block)
+            else:
+                made.append((block, parts))
+        blocks = [((b.chunk_lo, b.chunk_hi), (b.col_lo, b.col_lo + b.size), [s for _, s in parts]) for b, parts in made]
+        names = [name for _, parts in made for name, _ in parts]
+        for name, weight in zip(names, ops.generate_blocks(h, self.basis, blocks) if blocks else (), strict=True):
+            found[name].append(weight)
+        weights = {}
+        for name, shape in zip(self.target.names, self.target.shapes, strict=True):
+            if name in products:
+                products[name].rest = _join(found[name], (-1, shape[1])) if found[name] else None
+            else:
+                weights[name] = _join(found[name], shape)
+        return weights, products
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
         self.target.train(mode)
@@ -164,6 +196,37 @@ class ChunkedHypernet(nn.Module):
         super()._apply(fn, recurse)
         self.target.convert_buffers(fn)
         return self
+
+
+class _Rows:
+    """A linear layer's weight, never stored: rows that the chunks of a block generate, and ``rest``, rows laid elsewhere."""
+
+    def __init__(self, h: Tensor, basis: Tensor, block: Block):
+        self.h, self.basis, self.rows = h, basis, block.rows
+        self.shape = torch.Size([len(h) * block.rows, block.size // block.rows])
+        self.rest: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        (weight,) = ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape])
+        return weight if self.rest is None else torch.cat([weight, self.rest])
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        num_outputs, num_inputs = self.shape
+        if x.shape[-1:] != (num_inputs,):
+            raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
+        flat, with_grad = x.reshape(-1, num_inputs), torch.is_grad_enabled() and self.h.requires_grad
+        (chunks, width), with_grad_x = self.h.shape, with_grad and x.requires_grad
+        factorised = factorises(len(flat), num_inputs, self.rows, chunks, width, with_grad, with_grad_x)
+        y = ops.hyper_linear(flat, self.h, self.basis, rows=self.rows, num_outputs=num_outputs, factorised=factorised)
+        y = y if self.rest is None else torch.cat([y, F.linear(flat, self.rest)], 1)
+        y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].view(shape)
+    return torch.cat([part.flatten() for part in parts]).view(shape)
 
 
 def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,13 @@ LIBRARY.define(
 )
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor[] grads, Tensor h, Tensor basis) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "_hyper_linear_fwd(Tensor x, Tensor h, Tensor basis, int rows, int num_outputs, bool factorised) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "_hyper_linear_bwd(Tensor grad, Tensor x, Tensor h, Tensor basis, Tensor u, int rows, bool factorised, bool needs_x)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 _SETTINGS = "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
 _ADAM = f"Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, {_SETTINGS}"
 LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
@@ -40,7 +47,7 @@ HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = (
     *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
-    *("adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
+    *("hyper_linear_fwd", "hyper_linear_bwd", "adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
 )
 
 
@@ -69,6 +76,17 @@ def _generate_bwd_fake(grads, h, basis):
     return h.new_empty(h.shape), basis.new_empty(basis.shape)
 
 
+@torch.library.register_fake("fasthyper::_hyper_linear_fwd", lib=LIBRARY)
+def _hyper_linear_fwd_fake(x, h, basis, rows, num_outputs, factorised):
+    u = x.new_empty(x.shape[0] if factorised else 0, rows, basis.shape[1])
+    return x.new_empty(x.shape[0], num_outputs), u
+
+
+@torch.library.register_fake("fasthyper::_hyper_linear_bwd", lib=LIBRARY)
+def _hyper_linear_bwd_fake(grad, x, h, basis, u, rows, factorised, needs_x):
+    return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), h.new_empty(h.shape), basis.new_empty(basis.shape)
+
+
 @torch.library.register_fake("fasthyper::_adam_delta_fwd", lib=LIBRARY)
 def _adam_delta_fwd_fake(param, *_):
     return param.new_empty(param.shape)
@@ -94,6 +112,8 @@ _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _target_drift_fwd = torch.ops.fasthyper._target_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
+_hyper_linear_fwd = torch.ops.fasthyper._hyper_linear_fwd.default
+_hyper_linear_bwd = torch.ops.fasthyper._hyper_linear_bwd.default
 _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
 _adam_ahead = torch.ops.fasthyper._adam_ahead.default
@@ -150,21 +170,53 @@ class _TargetDrift(torch.autograd.Function):
 
 class _Generate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, basis, shapes):
-        sizes = [shape.numel() for shape in shapes]
-        flat = _generate_fwd(h, basis, sum(sizes))
+    def forward(ctx, h, basis, blocks):
         ctx.save_for_backward(h, basis)
-        ctx.shapes = shapes
+        ctx.blocks = blocks
         ctx.set_materialize_grads(False)
-        return tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+        parts = []
+        for chunks, cols, shapes in blocks:
+            sizes = [shape.numel() for shape in shapes]
+            flat = _generate_fwd(h[slice(*chunks)], basis[slice(*cols)], sum(sizes))
+            parts += [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        return tuple(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        h, basis = ctx.saved_tensors
-        grads = [h.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
-        grad_h, grad_basis = _generate_bwd(grads, h, basis)
+        (h, basis), remaining, found = ctx.saved_tensors, iter(grads), []
+        for chunks, cols, shapes in ctx.blocks:
+            parts = [h.new_zeros(shape) if grad is None else grad for shape, grad in zip(shapes, remaining, strict=False)]
+            found.append((chunks, cols, *_generate_bwd(parts, h[slice(*chunks)], basis[slice(*cols)])))
+        grad_h = _sum_of_rows(h, [(chunks, part) for chunks, _, part, _ in found])
+        grad_basis = _sum_of_rows(basis, [(cols, part) for _, cols, _, part in found])
         return grad_h, grad_basis, None
+
+
+def _sum_of_rows(like, parts):
+    """Parts, each of some rows of ``like``, added up; nothing is copied where one has all rows, and the others none."""
+    (rows, total), *others = sorted(parts, key=lambda part: -part[1].shape[0])
+    if total.shape != like.shape:
+        total, others = torch.zeros_like(like), parts
+    for rows, part in others:
+        total[slice(*rows)] += part
+    return total
+
+
+class _HyperLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, basis, rows, num_outputs, factorised):
+        y, u = _hyper_linear_fwd(x, h, basis, rows, num_outputs, factorised)
+        ctx.save_for_backward(x, h, basis, u)
+        ctx.order = rows, factorised
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, grad_h, grad_basis = _hyper_linear_bwd(grad, *ctx.saved_tensors, *ctx.order, needs_x)
+        return grad_x if needs_x else None, grad_h, grad_basis, None, None, None
 
 
 class _AdamDelta(torch.autograd.Function):
@@ -372,21 +424,78 @@ def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple
         ValueError: shapes disagree, or P does not need exactly N chunks.
         TypeError: dtypes differ or are not floating point.
     """
+    return generate_blocks(h, basis, [((0, h.shape[0]), (0, basis.shape[0]), shapes)])
+
+
+def generate_blocks(
+    h: Tensor, basis: Tensor, blocks: Sequence[tuple[tuple[int, int], tuple[int, int], Sequence[Sequence[int]]]]
+) -> tuple[Tensor, ...]:
+    """``generate`` for several blocks of the grid, with one backward for all of them.
+
+    Args:
+        h, basis: as in ``generate``.
+        blocks: per block ``[start, stop)`` of its chunks, ``[start, stop)`` of its columns, and the shapes that it holds.
+
+    Returns:
+        One tensor per shape, those of a block as views of one buffer.
+
+    Raises:
+        ValueError: shapes disagree, or a block's weights do not need exactly its chunks.
+        TypeError: dtypes differ or are not floating point.
+    """
     _check_dtypes("generate", h=h, basis=basis)
     _check_shape("generate", "h", h, ("N", "H"))
     _check_shape("generate", "basis", basis, ("S", h.shape[1] + 1))
-    sizes = tuple(torch.Size(shape) for shape in shapes)
-    total, chunk_size = sum(size.numel() for size in sizes), basis.shape[0]
-    if chunk_size == 0:
-        raise ValueError("generate: basis must have at least one row")
-    if not (h.shape[0] - 1) * chunk_size < total <= h.shape[0] * chunk_size:
-        raise ValueError(
-            f"generate: {total} target weights in chunks of {chunk_size} need {-(-total // chunk_size)} chunks, got "
-            f"features of {h.shape[0]}"
-        )
+    checked = []
+    for chunks, cols, shapes in blocks:
+        sizes = tuple(torch.Size(shape) for shape in shapes)
+        total, chunk_size, num_chunks = sum(size.numel() for size in sizes), cols[1] - cols[0], chunks[1] - chunks[0]
+        if chunk_size == 0:
+            raise ValueError("generate: basis must have at least one row")
+        if not (num_chunks - 1) * chunk_size < total <= num_chunks * chunk_size:
+            raise ValueError(
+                f"generate: {total} target weights in chunks of {chunk_size} need {-(-total // chunk_size)} chunks, got "
+                f"features of {num_chunks}"
+            )
+        checked.append((chunks, cols, sizes))
     if h.dtype in HALF:
         h, basis = h.float(), basis.float()
-    return _Generate.apply(h, basis, sizes)
+    return _Generate.apply(h, basis, tuple(checked))
+
+
+def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs: int, factorised: bool = False) -> Tensor:
+    """``F.linear`` with a weight that chunks generate row by row, and that is never stored (DESIGN E3).
+
+    Args:
+        x:      ``[B, I]``.
+        h:      ``[N, H]`` trunk features of the weight's chunks.
+        basis:  ``[S, H+1]`` shared basis; its last column is the bias. The first ``rows * I`` of its rows are used.
+        rows:   r, rows of the weight in a chunk.
+        num_outputs: O, rows of the weight; the last chunk may hold fewer than r.
+        factorised: ``y = (x V) [h | 1]'``; otherwise tiles of the weight are made, used and dropped. The numbers are the
+            same but for rounding; ``planner.factorises`` says which costs less.
+
+    Returns:
+        ``[B, O]`` in the dtype of ``x`` (float32 for half types): output ``n r + j`` is
+        ``sum_i x[b, i] basis[j I + i] [h[n] | 1]``. No gradient of the weight is stored either; that of ``x`` is made only
+        where it is needed. Second derivatives raise.
+
+    Raises:
+        ValueError: shapes disagree, or O does not need exactly N chunks.
+        TypeError: dtypes differ or are not floating point.
+    """
+    op = "hyper_linear"
+    _check_dtypes(op, x=x, h=h, basis=basis)
+    _check_shape(op, "h", h, ("N", "H"))
+    _check_shape(op, "basis", basis, ("S", h.shape[1] + 1))
+    _check_shape(op, "x", x, ("B", "I"))
+    if x.shape[1] < 1 or rows * x.shape[1] > basis.shape[0]:
+        raise ValueError(f"{op}: {rows} rows of {x.shape[1]} inputs do not fit a basis of {basis.shape[0]} columns")
+    if num_outputs < 1 or not (h.shape[0] - 1) * rows < num_outputs <= h.shape[0] * rows:
+        raise ValueError(f"{op}: {h.shape[0]} chunks of {rows} rows do not make exactly {num_outputs} outputs")
+    if x.dtype in HALF:
+        x, h, basis = x.float(), h.float(), basis.float()
+    return _HyperLinear.apply(x, h, basis, rows, num_outputs, factorised)
 
 
 def adam_delta(

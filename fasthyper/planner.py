@@ -74,3 +74,23 @@ def _union(rectangles: Sequence[Rectangle]) -> int:
         count += max(0, hi - max(lo, reached))
         reached = max(reached, hi)
     return count
+
+
+def factorises(batch: int, inputs: int, rows: int, chunks: int, width: int, with_grad: bool, with_grad_x: bool) -> bool:
+    """Whether a linear layer of ``chunks`` chunks of ``rows`` rows is cheaper factorised, its weight never formed (E3)."""
+    generated, factorised = linear_costs(batch, inputs, rows, chunks, width + 1)
+    steps = [True, with_grad, with_grad and with_grad_x]
+    return sum(c for c, taken in zip(factorised, steps, strict=True) if taken) < sum(
+        c for c, taken in zip(generated, steps, strict=True) if taken
+    )
+
+
+def linear_costs(batch: int, inputs: int, rows: int, chunks: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Multiply-adds of the generated and of the factorised order: forward, backward, and what grad x adds to it.
+
+    Of W = Ha V' and y = x W': dW = dy' x, dHa = dW V, dV = dW' Ha; W again and dx = dy W.
+    Of u = x V and y = u Ha': du = dy Ha, dHa = dy' u, dV = x' du; dx = du V'.
+    """
+    make, use = chunks * rows * inputs * k, batch * chunks * rows * inputs
+    inner, outer = batch * rows * inputs * k, batch * rows * chunks * k
+    return (make + use, use + 2 * make, make + use), (inner + outer, 2 * outer + inner, inner)

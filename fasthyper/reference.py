@@ -2,7 +2,8 @@
 
 Shape suffixes: T past tasks, N chunks, S chunk size, E task-embedding size, Z chunk-embedding size, H trunk width, P target
 weights, R rows of a rectangle (tasks x chunks), C columns of a rectangle, K = H + 1 (features and the bias), M = 2H + 1
-(drifted features, snapshot features, the bias), O and I outputs and inputs of a trunk layer.
+(drifted features, snapshot features, the bias), O and I outputs and inputs of a layer, B batch, r rows of a layer's weight
+in a chunk.
 The ops are not differentiable; the autograd Functions around them are in ``ops.py``.
 """
 
@@ -147,9 +148,10 @@ def target_drift_fwd(
         ha_TNK = torch.cat([h_TNH + h0_TNH, ha_TNK[..., width:]], -1)
         y_SD = torch.cat([basis_SK[:, :width], basis_SK - basis0_SK], -1)
     for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, _ in plan.tolist():
+        task_hi = num_tasks if task_hi < 0 else task_hi
         _check_rectangle(task_lo, task_hi, num_tasks, chunk_lo, chunk_hi, num_chunks, col_lo, col_hi, chunk_size)
         step = max(1, DIRECT_TILE // max(1, col_hi - col_lo))
-        for task in range(task_lo, num_tasks if task_hi < 0 else task_hi):
+        for task in range(task_lo, task_hi):
             for lo in range(chunk_lo, chunk_hi, step):
                 hi = min(lo + step, chunk_hi)
                 chunks, cols, tile = slice(lo, hi), slice(col_lo, col_hi), (task, lo, hi, col_lo, col_hi, chunk_size)
@@ -242,6 +244,54 @@ def generate_bwd(grads: list[Tensor], h_NH: Tensor, basis_SK: Tensor) -> tuple[T
     grad_NS = torch.nn.functional.pad(grad_P, (0, padding)).view(num_chunks, chunk_size)
     grad_basis_SK = torch.cat([grad_NS.T @ h_NH, grad_NS.sum(0)[:, None]], 1)
     return grad_NS @ basis_SK[:, :width], grad_basis_SK
+
+
+def hyper_linear_fwd(
+    x_BI: Tensor, h_NH: Tensor, basis_SK: Tensor, rows: int, num_outputs: int, factorised: bool
+) -> tuple[Tensor, Tensor]:
+    """y = x W' for the weight of E3 whose chunks hold r rows, in columns 0 .. r I: row n r + j is chunk n's slot j.
+
+    Either W is made and used, or y = u Ha' with u_j = x V_j; u is returned for the backward pass, empty where there is none.
+    """
+    num_inputs, k = x_BI.shape[1], basis_SK.shape[1]
+    if not factorised:
+        w_OI = generate_fwd(h_NH, basis_SK[: rows * num_inputs], num_outputs * num_inputs).view(num_outputs, -1)
+        return x_BI @ w_OI.T, x_BI.new_empty(0, rows, k)
+    u_BrK = torch.einsum("bi,rik->brk", x_BI, basis_SK[: rows * num_inputs].view(rows, num_inputs, k))
+    y_BrN = u_BrK @ _with_ones(h_NH).T
+    return y_BrN.mT.flatten(1)[:, :num_outputs].contiguous(), u_BrK.contiguous()
+
+
+def hyper_linear_bwd(
+    grad_BO: Tensor,
+    x_BI: Tensor,
+    h_NH: Tensor,
+    basis_SK: Tensor,
+    u_BrK: Tensor,
+    rows: int,
+    factorised: bool,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``hyper_linear_fwd`` for x (no rows of it where it is not needed), the features and the basis."""
+    (num_inputs, num_outputs), (num_chunks, width) = (x_BI.shape[1], grad_BO.shape[1]), h_NH.shape
+    used_CK = basis_SK[: rows * num_inputs]
+    grad_basis_SK, grad_x_BI = torch.zeros_like(basis_SK), x_BI.new_empty(0, num_inputs)
+    if not factorised:
+        grad_h_NH, grad_basis_SK[: len(used_CK)] = generate_bwd([grad_BO.T @ x_BI], h_NH, used_CK)
+        if needs_x:
+            grad_x_BI = grad_BO @ generate_fwd(h_NH, used_CK, num_outputs * num_inputs).view(num_outputs, num_inputs)
+        return grad_x_BI, grad_h_NH, grad_basis_SK
+    padded_BNr = F.pad(grad_BO, (0, num_chunks * rows - num_outputs)).view(-1, num_chunks, rows)
+    du_BrK = padded_BNr.mT @ _with_ones(h_NH)
+    grad_h_NH = torch.einsum("bnr,brh->nh", padded_BNr, u_BrK[..., :width])
+    grad_basis_SK[: len(used_CK)] = torch.einsum("bi,brk->rik", x_BI, du_BrK).flatten(0, 1)
+    if needs_x:
+        grad_x_BI = torch.einsum("brk,rik->bi", du_BrK, used_CK.view(rows, num_inputs, -1))
+    return grad_x_BI, grad_h_NH, grad_basis_SK
+
+
+def _with_ones(h_NH: Tensor) -> Tensor:
+    return torch.cat([h_NH, torch.ones_like(h_NH[:, :1])], 1)
 
 
 def adam_delta_fwd(

@@ -13,7 +13,6 @@ from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import drift_plan, snapshot_bytes
 from fasthyper.trunk import run_trunk, trunk_drift
 
-
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
 
 
@@ -112,7 +111,8 @@ class OutputRegularizer:
             Scalar, never negative, differentiable in ``theta`` and ``embeddings``; 0 without past tasks.
 
         Raises:
-            IndexError: not a past task.  ValueError: a task given twice, targets or importance of another shape.
+            IndexError: not a past task.  ValueError: a task given twice, targets or importance of another
+                shape or in an aligned layout.
             TypeError: their dtype is not the hypernetwork's.  RuntimeError: no snapshot was taken.
 
         With ``targets`` or ``importance`` the features of all tasks are made and the cost is that of generating the weights
@@ -196,6 +196,8 @@ class OutputRegularizer:
         if given is None:
             return None
         wanted = self.hnet.layout.num_weights
+        if len(self.hnet.layout.blocks) > 1:
+            raise ValueError(f"{name} lie end to end as the weights of layout='flat' do; this hypernetwork is laid aligned")
         rows = [given] if isinstance(given, Tensor) else given
         shape = [self.num_past, wanted] if isinstance(given, Tensor) else [wanted]
         for row in rows:

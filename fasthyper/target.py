@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
+from itertools import accumulate
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.layout import Range
+from fasthyper.layout import Matrix, Range
+
+
+class Product(Protocol):
+    """A weight that need not be made to be used."""
+
+    def weight(self) -> Tensor:
+        """The weight itself, ``[O, I]``."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` of ``x`` ``[..., I]`` with it."""
+
+
+class ProductLinear(nn.Linear):
+    """An ``nn.Linear`` of a target whose weight is a ``Product`` during a forward pass; read as ``.weight``, it is made."""
+
+    product: Product | None = None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        made = self._parameters["weight"] if self.product is None else self.product.weight()
+        assert made is not None
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.product.linear(x, self.bias)
 
 
 class Target:
@@ -37,18 +68,64 @@ class Target:
                 )
         self.names = tuple(named)
         self.shapes = tuple(parameter.shape for parameter in named.values())
-        self.num_weights = sum(shape.numel() for shape in self.shapes)
+        self._starts = tuple(accumulate((shape.numel() for shape in self.shapes), initial=0))
+        self.num_weights = self._starts[-1]
         self.outputs_per_task = outputs_per_task
         self.module = _without_storage(module)
         self.heads = self._head_ranges() if outputs_per_task else []
+        self._linears: dict[str, ProductLinear] = {}
 
-    def __call__(self, weights: dict[str, Tensor], inputs: Tensor, task: int) -> Tensor:
-        """Outputs ``[B, num_classes]`` of task ``task`` for ``inputs`` ``[B, ...]``, under these weights."""
-        outputs = torch.func.functional_call(self.module, weights, (inputs,))
+    def __call__(
+        self, weights: dict[str, Tensor], inputs: Tensor, task: int, products: Mapping[str, Product] | None = None
+    ) -> Tensor:
+        """Outputs ``[B, num_classes]`` of task ``task`` for ``inputs`` ``[B, ...]``, under these weights.
+
+        ``products`` stand in for weights that ``take_products`` prepared for.
+        """
+        for name, product in (products or {}).items():
+            self._linears[name].product = product
+        try:
+            outputs = torch.func.functional_call(self.module, weights, (inputs,))
+        finally:
+            for name in products or {}:
+                self._linears[name].product = None
         if self.outputs_per_task is None:
             return outputs
         first = task * self.outputs_per_task
         return outputs[:, first : first + self.outputs_per_task]
+
+    def matrices(self) -> list[Matrix]:
+        """The weights of linear and convolutional layers, a row per output (or per input, where they are transposed)."""
+        layers = (nn.Linear, nn.modules.conv._ConvNd)
+        weights = {
+            f"{name}.weight".removeprefix(".") for name, layer in self.module.named_modules() if isinstance(layer, layers)
+        }
+        sizes = zip(self.names, self._starts, self.shapes, strict=False)
+        return [Matrix(start, s[0], s[1:].numel()) for name, start, s in sizes if name in weights and s.numel()]
+
+    def parts(self, span: Range) -> list[tuple[str, torch.Size]]:
+        """The parameters that a range of the flat vector meets, each with its shape or, of part of it, number of weights."""
+        parts = []
+        for name, start, shape in zip(self.names, self._starts, self.shapes, strict=False):
+            size = min(span[1], start + shape.numel()) - max(span[0], start)
+            if size == shape.numel() and span[0] <= start:
+                parts.append((name, shape))
+            elif size > 0:
+                parts.append((name, torch.Size([size])))
+        return parts
+
+    def take_products(self, names: Container[str]) -> frozenset[str]:
+        """Prepares layers for a ``Product`` in place of their weight, and names the weights, of ``names``, that may be one.
+
+        They are those of plain ``nn.Linear`` layers, shared with no other layer.
+        """
+        uses = Counter(id(p) for layer in self.module.modules() for p in layer._parameters.values())
+        for layer_name, layer in self.module.named_modules():
+            name = f"{layer_name}.weight".removeprefix(".")
+            if name in names and type(layer) is nn.Linear and uses[id(layer.weight)] == 1:
+                layer.__class__ = ProductLinear
+                self._linears[name] = layer  # type: ignore[assignment]
+        return frozenset(self._linears)
 
     def named_shapes(self) -> dict[str, list[int]]:
         """Parameter names and shapes, JSON-ready."""

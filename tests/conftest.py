@@ -24,6 +24,8 @@ TOL = {
     ("drift", torch.float32): 2e-5,  # a difference of float32 products at a step of a tenth
     ("generate", torch.float64): 1e-12,
     ("generate", torch.float32): 1e-6,
+    ("hyper_linear", torch.float64): 1e-12,
+    ("hyper_linear", torch.float32): 1e-6,
     ("adam_delta", torch.float64): 1e-12,
     ("adam_delta", torch.float32): 1e-5,  # moments cancel
 }

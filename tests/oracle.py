@@ -16,6 +16,18 @@ def all_weights(h: Tensor, basis: Tensor, num_weights: int) -> Tensor:
     return torch.cat(chunks)[:num_weights]
 
 
+def laid_weights(layout, h: Tensor, basis: Tensor) -> Tensor:
+    """Target weights ``[P]``, in the order of the target's parameters, from one task's features, block by block."""
+    flat = h.new_zeros(layout.num_weights)
+    for block in layout.blocks:
+        size = sum(stop - start for start, stop in block.ranges)
+        columns = basis[block.col_lo : block.col_lo + block.size]
+        laid = all_weights(h[block.chunk_lo : block.chunk_hi], columns, size)
+        places = torch.cat([torch.arange(*span) for span in block.ranges])
+        flat = flat.index_put((places,), laid)
+    return flat
+
+
 def features(theta: Sequence[Tensor], embedding: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Trunk features ``[N, H]`` of one task; theta = chunk embeddings, (weight, bias) of each layer, basis."""
     rows = []

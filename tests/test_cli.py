@@ -45,16 +45,17 @@ def test_doctor_says_what_serves(capsys):
     assert "torch" in json.loads(capsys.readouterr().out)
 
 
-def test_run_trains_resumes_and_reports(tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["flat", "aligned"])
+def test_run_trains_resumes_and_reports(tmp_path, capsys, layout):
     pytest.importorskip("sklearn")
-    out = tmp_path / "run"
-    assert cli("run", "permuted-digits", "--out", out, *SMALL) == 0
+    out, settings = tmp_path / "run", [*SMALL, "--layout", layout]
+    assert cli("run", "permuted-digits", "--out", out, *settings) == 0
     printed = capsys.readouterr().out
     assert "task 2/2  step 12/12  loss" in printed and "ACC" in printed and "largest drop" in printed
     assert (out / "checkpoint.safetensors").exists() and (out / "results.json").exists()
-    assert cli("run", "permuted-digits", "--out", out, *SMALL) == 0
+    assert cli("run", "permuted-digits", "--out", out, *settings) == 0
     assert "holds all 2 tasks already; nothing to train" in capsys.readouterr().out
-    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+    assert cli("run", "permuted-digits", "--out", out, "--json", *settings) == 0
     assert json.loads(capsys.readouterr().out)["acc"] > 0
 
 

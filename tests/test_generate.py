@@ -66,6 +66,18 @@ def test_generate_gathers_gradients_also_expanded_and_missing():
         assert oracle.relative_error(have, wanted) < 1e-12
 
 
+def test_generate_blocks_are_what_each_makes_alone():
+    h, basis = (t.requires_grad_() for t in inputs(5, 6, 3))
+    blocks = [((0, 2), (0, 6), [(4, 3)]), ((2, 5), (0, 4), [(2, 2), (7,)]), ((2, 4), (4, 6), [(3,)])]
+    found = ops.generate_blocks(h, basis, blocks)
+    alone = [ops.generate(h[slice(*n)], basis[slice(*s)], shapes) for n, s, shapes in blocks]
+    wanted = [part for parts in alone for part in parts]
+    loss = lambda parts: sum((part**2).sum() for part in (parts[0], *parts[2:]))  # noqa: E731
+    grads, wanted_grads = (torch.autograd.grad(loss(parts), [h, basis]) for parts in (found, wanted))
+    for have, want in zip([*found, *grads], [*wanted, *wanted_grads], strict=True):
+        assert have.shape == want.shape and oracle.relative_error(have.detach(), want.detach()) < 1e-12
+
+
 def test_generate_gradcheck():
     leaves = tuple(t.requires_grad_() for t in inputs(4, 6, 3))
     assert torch.autograd.gradcheck(lambda h, basis: ops.generate(h, basis, [(2, 5), (4,), (3, 2)]), leaves)

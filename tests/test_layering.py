@@ -28,7 +28,7 @@ ALLOWED = {
     "environment": {"version", "_backend"},
     "checkpoint": {"errors"},
     "lookahead": {"ops"},
-    "hypernet": {"activations", "layout", "ops", "streams", "target", "trunk"},
+    "hypernet": {"activations", "layout", "ops", "planner", "streams", "target", "trunk"},
     "regularizer": {"hypernet", "ops", "planner", "reference", "trunk"},
     "trainer": {
         *("checkpoint", "environment", "errors", "hypernet", "interrupt", "lookahead", "metrics", "nets", "progress"),

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from fasthyper.layout import Layout
+from fasthyper.layout import Layout, Matrix
 from fasthyper.planner import direct_cost, drift_plan, gram_cost
 
 spans = st.tuples(st.integers(0, 59), st.integers(1, 60)).map(lambda s: (s[0], min(60, s[0] + s[1])))
@@ -21,6 +21,51 @@ def test_rectangles_hold_each_weight_of_a_range_once(chunk, span):
     want[span[0] : span[1]] = 1
     assert torch.equal(count.flatten(), want)
     assert len(layout.rectangles(span)) <= 3
+
+
+@hypothesis.given(
+    chunk=st.integers(1, 70),
+    shapes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=4),
+    trailing=st.integers(0, 5),
+)
+def test_aligned_blocks_hold_each_weight_once_in_whole_rows(chunk, shapes, trailing):
+    matrices, position = [], 0
+    for gap, num_rows, row_size in shapes:
+        matrices.append(Matrix(position + gap, num_rows, row_size))
+        position += gap + num_rows * row_size
+    layout = Layout(position + trailing, chunk, [[(0, 1)]], matrices)
+    cells = torch.full((layout.num_chunks, layout.chunk_size), -1)
+    for block in layout.blocks:
+        laid = torch.cat([torch.arange(*span) for span in block.ranges])
+        for n, row in enumerate(laid.split(block.size)):
+            assert block.chunk_lo + n < block.chunk_hi
+            assert (cells[block.chunk_lo + n, block.col_lo : block.col_lo + len(row)] == -1).all()
+            cells[block.chunk_lo + n, block.col_lo : block.col_lo + len(row)] = row
+        assert block.chunk_hi == block.chunk_lo + n + 1
+        if block.rows:
+            (start, stop) = block.ranges[0]
+            (matrix,) = [m for m in matrices if m.start == start]
+            assert block.size == block.rows * matrix.row_size and (block.size <= chunk or block.rows == 1)
+            assert (stop - start) % block.size == 0 and n >= 1
+            assert start + matrix.num_rows * matrix.row_size - stop < block.size  # less than a chunk is left over
+    assert sorted(cells[cells >= 0].tolist()) == list(range(layout.num_weights))
+    held = torch.zeros_like(cells)
+    for span in layout.shared + layout.heads[0]:
+        for r in layout.rectangles(span):
+            held[r.chunk_lo : r.chunk_hi, r.col_lo : r.col_hi] += 1
+    assert torch.equal(held, (cells >= 0).long())
+    ((head,),) = layout.heads
+    (cell,) = layout.rectangles(head)
+    assert cells[cell.chunk_lo, cell.col_lo] == 0 and (cell.num_chunks, cell.num_cols) == (1, 1)
+
+
+def test_what_is_left_over_makes_one_rectangle_of_blocks_of_different_sizes():
+    """MLP 1024-1000-1000-10 in chunks of 7500: 142 chunks of 7 x 1024, and 142 of 7 x 1000, which leave 168 columns."""
+    first, second, last = Matrix(0, 1000, 1024), Matrix(1_025_000, 1000, 1000), Matrix(2_026_000, 10, 1000)
+    layout = Layout(2_036_010, 7500, (), [first, second, last])
+    assert (layout.num_chunks, layout.chunk_size) == (285, 7168)
+    ((span),) = layout.shared
+    assert layout.rectangles(span) == [(0, 284, 0, 7168), (284, 285, 0, 298)]
 
 
 def test_heads_are_held_for_their_own_task_only():

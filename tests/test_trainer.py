@@ -50,7 +50,7 @@ def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lo
     losses, num_weights = [], hnet.target.num_weights
 
     def weights_of(theta, embedding):
-        return oracle.all_weights(oracle.features(theta, embedding, hnet.activation.value), theta[-1], num_weights)
+        return oracle.laid_weights(hnet.layout, oracle.features(theta, embedding, hnet.activation.value), theta[-1])
 
     for task in stream:
         theta, old = list(hnet.theta), [hnet.embedding(t) for t in range(task.index)]
@@ -90,7 +90,7 @@ def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lo
                 embeddings = ahead[len(theta) :] if plastic else [e.detach() for e in old]
                 for t in tasks:
                     difference = weights_of(ahead[: len(theta)], embeddings[t]) - snapshot[t]
-                    held = oracle.held(num_weights, hnet.layout.heads, t)
+                    held = oracle.held(num_weights, hnet.target.heads, t)
                     drift = drift + (held * difference**2).sum() / len(tasks)
                 (beta * drift).backward()
                 for p, a in zip(moving, ahead, strict=True):
@@ -126,12 +126,16 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"heads": True},
         {"heads": True, "chunk_size": None},
         {"heads": True, "hidden": (), "plastic": True},
+        {"layout": "aligned"},
+        {"layout": "aligned", "chunk_size": 5, "plastic": True},
+        {"layout": "aligned", "heads": True, "reg_tasks": 1},
+        {"layout": "aligned", "heads": True, "hidden": (), "optimizer": "sgd"},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "default",
 )
 def test_training_is_the_slow_loop_in_float64(options):
     options = dict(options)
-    hnet_options = {key: options.pop(key) for key in ("heads", "chunk_size", "hidden") if key in options}
+    hnet_options = {key: options.pop(key) for key in ("heads", "chunk_size", "hidden", "layout") if key in options}
     settings = {"lr": 0.02, "beta": 0.3, **options}
     stream, steps = toy_stream(), 12
     fast, slow = toy_hnet(**hnet_options), toy_hnet(**hnet_options)

@@ -37,6 +37,7 @@ class Recipe:
     task_dim: int = 24
     chunk_dim: int = 8
     activation: str = "elu"
+    layout: str = "flat"
     steps: int = 5000
     batch_size: int = 128
     lr: float = 1e-4
@@ -103,6 +104,7 @@ def _trainer(recipe: Recipe, out: Path, progress: bool) -> Trainer:
         chunk_dim=recipe.chunk_dim,
         activation=recipe.activation,
         outputs_per_task=recipe.outputs_per_task,
+        layout=recipe.layout,
         seed=recipe.seed,
     )
     return Trainer(
