@@ -8,11 +8,12 @@ namespace {
 
 constexpr int64_t kTile = 1 << 17;  // elements of the gradient that are gathered at a time
 constexpr int64_t kColumns = 1024;  // of the basis, packed at a time
-constexpr int64_t kNarrow = 64;     // features below which packing factors for tile units costs more than it saves
+constexpr int64_t kNarrow = 64;     // features, and
+constexpr int64_t kFew = 32;        // chunks below which packing factors for tile units costs more than it saves
 
 template <typename scalar_t>
-int64_t parts_for(int64_t width) {
-  return width < kNarrow ? 0 : tile_parts<scalar_t>(3);
+int64_t parts_for(const Tensor& h) {
+  return h.size(1) < kNarrow || h.size(0) < kFew ? 0 : tile_parts<scalar_t>(3);
 }
 
 // [h | 1]: the bias column of the basis then needs no pass of its own
@@ -38,7 +39,7 @@ Tensor generate_fwd_cpu(Tensor h, Tensor basis, int64_t num_weights) {
   basis = torch::stable::contiguous(basis);
   dispatch_floating(h, "generate", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const int64_t parts = parts_for<scalar_t>(h.size(1));
+    const int64_t parts = parts_for<scalar_t>(h);
     if (parts == 0) return mm_out(out, ha, transposed(basis));
     struct Worker {
       explicit Worker(int64_t parts) : by_basis(parts) {}
@@ -88,7 +89,8 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   basis = torch::stable::contiguous(basis);
   const int64_t num_chunks = h.size(0), width = h.size(1), chunk_size = basis.size(0);
-  const int64_t tile = std::max<int64_t>(kTile / num_chunks, 64);
+  const int64_t threads = torch::stable::get_num_threads(), share = (chunk_size + threads - 1) / threads;
+  const int64_t tile = std::min(share, std::max<int64_t>(kTile / num_chunks, 64));
   const Tensor ha = with_bias(torch::stable::contiguous(h));
   Tensor grad_ha = torch::stable::new_zeros(ha, ha.sizes()), grad_basis = kept_empty(basis, {chunk_size, width + 1});
   dispatch_floating(h, "generate", [&](auto zero) {
@@ -101,7 +103,7 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
       Tensor sum;
     };
     const Gather<scalar_t> gather(grads);
-    const int64_t parts = parts_for<scalar_t>(width);
+    const int64_t parts = parts_for<scalar_t>(h);
     RightFactor<scalar_t> by_ha(parts);
     by_ha.pack(dense<scalar_t>(ha));
     const auto make = [&] { return Worker(parts, ha); };

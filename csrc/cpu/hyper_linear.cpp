@@ -5,7 +5,7 @@
 // Factorised: y = u Ha' with u_j = x V_j, and no weight at all.
 #include <algorithm>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace fasthyper {
 namespace {
@@ -45,10 +45,11 @@ class HyperLinear {
   // y = u Ha', u_j = x V_j
   void factorised(const Tensor& y, const Tensor& u) const {
     for_parts(batch_, [&](int64_t slot, int64_t first, int64_t length) {
-      mm_out(rows(of_u(u, slot), first, length), rows(x_, first, length), rows(basis_, slot * num_inputs_, num_inputs_));
+      multiply<scalar_t>(rows(of_u(u, slot), first, length), rows(x_, first, length),
+                         rows(basis_, slot * num_inputs_, num_inputs_));
     });
     const Tensor product = make({batch_ * num_slots_, num_chunks_});
-    mm_out(product, torch::stable::view(u, {batch_ * num_slots_, k_}), transposed(ha_));
+    multiply<scalar_t>(product, torch::stable::view(u, {batch_ * num_slots_, k_}), transposed(ha_));
     const scalar_t* from = const_data<scalar_t>(product);
     for_batch([&](int64_t b) { transpose(from + b * num_slots_ * num_chunks_, data<scalar_t>(y) + b * num_outputs_); });
   }
@@ -61,10 +62,11 @@ class HyperLinear {
     for_batch([&](int64_t b) {
       transpose_back(const_data<scalar_t>(grad) + b * num_outputs_, data<scalar_t>(by_slot) + b * num_slots_ * num_chunks_);
     });
-    mm_out(torch::stable::view(du, {num_rows, k_}), by_slot, ha_);
-    mm_out(grad_ha, transposed(by_slot), torch::stable::view(u, {num_rows, k_}));
+    multiply<scalar_t>(torch::stable::view(du, {num_rows, k_}), by_slot, ha_);
+    multiply<scalar_t>(grad_ha, transposed(by_slot), torch::stable::view(u, {num_rows, k_}));
     for_parts(num_inputs_, [&](int64_t slot, int64_t first, int64_t length) {
-      mm_out(rows(grad_basis, slot * num_inputs_ + first, length), transposed(cols(x_, first, length)), of_u(du, slot));
+      multiply<scalar_t>(rows(grad_basis, slot * num_inputs_ + first, length), transposed(cols(x_, first, length)),
+                         of_u(du, slot));
     });
     if (grad_x.size(0) == 0) return;
     const int64_t tile = (num_inputs_ + num_threads() - 1) / num_threads();
@@ -73,7 +75,8 @@ class HyperLinear {
         [&](const Tensor& part, int64_t first, int64_t length) {
           for (int64_t slot = 0; slot < num_slots_; ++slot) {
             const Tensor v = rows(basis_, slot * num_inputs_ + first, length);
-            mm_out(slot == 0 ? cols(grad_x, first, length) : matrix(part, batch_, length), of_u(du, slot), transposed(v));
+            multiply<scalar_t>(slot == 0 ? cols(grad_x, first, length) : matrix(part, batch_, length), of_u(du, slot),
+                               transposed(v));
             if (slot > 0) add_cols(matrix(part, batch_, length), first, grad_x);
           }
         });
@@ -88,7 +91,7 @@ class HyperLinear {
         [&](int64_t size) { return Worker{make({num_chunks_ * size}), make({batch_ * num_chunks_ * max_slots()})}; },
         [&](Worker& worker, const Tile& tile) {
           const Tensor w = weight(worker.w, tile), part = matrix(worker.y, batch_, num_chunks_ * tile.num_slots);
-          mm_out(part, cols(x_, tile.input, tile.num_inputs), transposed(w));
+          multiply<scalar_t>(part, cols(x_, tile.input, tile.num_inputs), transposed(w));
           scatter(tile, const_data<scalar_t>(part), data<scalar_t>(y));
         });
   }
@@ -114,15 +117,15 @@ class HyperLinear {
           const int64_t first = tile.slot * num_inputs_ + tile.input;
           if (needs_x) {
             const Tensor part = matrix(worker.x, batch_, tile.num_inputs);
-            mm_out(part, dy, weight(worker.w, tile));
+            multiply<scalar_t>(part, dy, weight(worker.w, tile));
             add_cols(part, tile.input, worker.grad_x);
           }
-          mm_out(matrix(worker.w, num_chunks_ * tile.num_slots, tile.num_inputs), transposed(dy),
-                 cols(x_, tile.input, tile.num_inputs));
+          multiply<scalar_t>(matrix(worker.w, num_chunks_ * tile.num_slots, tile.num_inputs), transposed(dy),
+                             cols(x_, tile.input, tile.num_inputs));
           const Tensor dw = matrix(worker.w, num_chunks_, tile.size());
-          mm_out(worker.ha, dw, rows(basis_, first, tile.size()));
+          multiply<scalar_t>(worker.ha, dw, rows(basis_, first, tile.size()));
           add(worker.ha.numel(), const_data<scalar_t>(worker.ha), data<scalar_t>(worker.grad_ha));
-          mm_out(rows(grad_basis, first, tile.size()), transposed(dw), ha_);
+          multiply<scalar_t>(rows(grad_basis, first, tile.size()), transposed(dw), ha_);
         });
     std::fill_n(data<scalar_t>(grad_ha), grad_ha.numel(), scalar_t(0));
     std::fill_n(data<scalar_t>(grad_x), grad_x.numel(), scalar_t(0));
@@ -132,7 +135,7 @@ class HyperLinear {
     }
   }
 
-  Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_, size); }
+  Tensor make(std::initializer_list<int64_t> size) const { return kept_empty(basis_, size); }
 
  private:
   static int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -145,7 +148,7 @@ class HyperLinear {
   // The tile of W, row (n, slot) after row, in ``storage``
   Tensor weight(const Tensor& storage, const Tile& tile) const {
     const int64_t first = tile.slot * num_inputs_ + tile.input;
-    mm_out(matrix(storage, num_chunks_, tile.size()), ha_, transposed(rows(basis_, first, tile.size())));
+    multiply<scalar_t>(matrix(storage, num_chunks_, tile.size()), ha_, transposed(rows(basis_, first, tile.size())));
     return matrix(storage, num_chunks_ * tile.num_slots, tile.num_inputs);
   }
 
@@ -251,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> hyper_linear_bwd_cpu(Tensor grad, Tensor x, T
   NoGrad no_grad;
   for (Tensor* t : {&grad, &x, &h, &basis, &u}) *t = torch::stable::contiguous(*t);
   Tensor grad_x = torch::stable::new_empty(x, {needs_x ? x.size(0) : 0, x.size(1)});
-  Tensor grad_basis = torch::stable::new_empty(basis, basis.sizes()), grad_h;
+  Tensor grad_basis = kept_empty(basis, {basis.size(0), basis.size(1)}), grad_h;
   dispatch_floating(x, "hyper_linear", [&](auto zero) {
     const HyperLinear<decltype(zero)> layer(x, h, basis, num_slots, grad.size(1));
     const int64_t used = num_slots * x.size(1) * basis.size(1);

@@ -225,6 +225,33 @@ class RightFactor {
   Memory memory_;
 };
 
+// out = a b, any strides; on tile units where the factors are wide enough to pay for packing them
+template <typename scalar_t>
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  constexpr int64_t kNarrow = 64, kColumns = 512;
+  const auto view = [](const Tensor& t) {
+    return Matrix<scalar_t>{data<scalar_t>(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  };
+  const auto is_dense = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
+  const bool is_wide = std::min({a.size(0), a.size(1), b.size(1)}) >= kNarrow;
+  const int64_t parts = is_wide && is_dense(a) && is_dense(b) && out.stride(1) == 1 ? tile_parts<scalar_t>(3) : 0;
+  if (parts == 0) return mm_out(out, a, b);
+  struct Worker {
+    explicit Worker(int64_t parts) : by_b(parts) {}
+    Workspace space;
+    RightFactor<scalar_t> by_b;
+  };
+  const Matrix<scalar_t> to = view(out), left = view(a), right = view(b);
+  const int64_t threads = torch::stable::get_num_threads(), share = (right.num_cols + threads - 1) / threads;
+  const int64_t panels = tiles::count(std::min(share, kColumns));
+  for_tiles<Worker>(
+      right.num_cols, panels * tiles::kSide, [&] { return Worker(parts); },
+      [&](Worker& worker, int64_t first, int64_t length) {
+        worker.by_b.pack(right.cols(first, length));
+        worker.by_b.multiply_into(left, worker.space, to.cols(first, length));
+      });
+}
+
 // X'WX summed in float64, X = pairs of rows that are added a few hundred at a time and multiplied a thousand at a time. Of
 // its rows those of the first columns are made, or all; and of them what is not below the diagonal.
 template <typename scalar_t>
