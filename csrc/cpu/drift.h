@@ -378,7 +378,8 @@ class Drift {
   // Runs body(worker, lo, y) over tiles of the columns [lo, hi)
   template <typename Body>
   std::vector<ColumnWorker> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
-    const int64_t tile = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
+    const int64_t tile =
+        parts_ && full_ > narrow::kWidest ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
     return for_tiles<ColumnWorker>(
         hi - lo, tile, [&] { return ColumnWorker(*this); },
         [&](ColumnWorker& worker, int64_t start, int64_t length) {

@@ -94,7 +94,10 @@ class HypernetDrift {
   // Sets the gradients, which are zero-filled, but for the basis's; returns the value.
   double run(const Tensor& grad_embeddings, const std::vector<Tensor>& grad_theta) {
     drift_.columns();
-    const int64_t num_rows = num_tasks_ * num_chunks_, tile = std::min(drift_.row_tile(), num_rows);
+    const int64_t num_rows = num_tasks_ * num_chunks_, threads = torch::stable::get_num_threads();
+    const int64_t share =
+        tiles::count((num_rows + threads - 1) / threads) * tiles::kSide;  // so that few rows are shared, too
+    const int64_t tile = std::min({drift_.row_tile(), share, num_rows});
     std::vector<Worker> workers = for_tiles<Worker>(
         num_rows, tile, [&] { return Worker(*this, tile); },
         [&](Worker& worker, int64_t first, int64_t length) {

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "memory.h"
+#include "narrow.h"
 #include "tensor.h"
 #include "tiles.h"
 
@@ -117,6 +118,10 @@ FASTHYPER_VECTOR_CLONES void write_pair(Pair<T> pair, T* __restrict__ to) {
   }
 }
 
+inline narrow::Rows as_rows(Pair<float> x) {
+  return {x.first, x.second, x.minus, x.num_rows, x.first_cols, x.second_cols, x.stride};
+}
+
 // As one matrix; in the memory if it is none yet
 template <typename T>
 Matrix<const T> as_matrix(Pair<T> pair, Memory& memory) {
@@ -138,6 +143,10 @@ class RightFactor {
   // What is multiplied from the left by a matrix, or by a pair whose first columns meet the first ``split`` rows
   void pack(Matrix<const scalar_t> b, int64_t split = 0) {
     b_ = b;
+    is_narrow_ = false;
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (split > 0 && b.num_rows <= narrow::kWidest && b.num_cols <= narrow::kColumns && narrow::available())
+        return pack_narrow(b);
     if (parts_ == 0) return;
     if constexpr (std::is_same_v<scalar_t, float>) {
       depth_ = padded(split) + b.num_rows - split;
@@ -171,6 +180,13 @@ class RightFactor {
 
   template <typename Result>
   void multiply(Pair<scalar_t> a, Workspace& space, const Result& result) const {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (is_narrow_) {
+        float* product = space.product.get<float>(a.num_rows * b_.num_cols);
+        narrow::multiply(as_rows(a), memory_.data<float>(), b_.num_cols, product, b_.num_cols);
+        return result(0, 0, a.num_rows, b_.num_cols, product, b_.num_cols);
+      }
+    }
     if constexpr (std::is_same_v<scalar_t, float>)
       if (parts_)
         return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
@@ -184,6 +200,8 @@ class RightFactor {
 
   template <typename Left>
   void multiply_into(Left a, Workspace& space, Matrix<scalar_t> out) const {
+    if constexpr (std::is_same_v<Left, Pair<float>>)
+      if (is_narrow_) return narrow::multiply(as_rows(a), memory_.data<float>(), b_.num_cols, out.data, out.row_stride);
     if constexpr (!std::is_same_v<Left, Pair<scalar_t>>)
       if (parts_ == 0) return mm_out(as_tensor(out), as_tensor(a), as_tensor(b_));
     multiply(a, space, [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
@@ -196,6 +214,15 @@ class RightFactor {
   int64_t part_bytes(int64_t depth) const { return tiles::panel_bytes(depth, parts_); }
   int64_t panel() const { return part_bytes(depth_); }
   void pack_panels(const tiles::Source& source, char* to) const { tiles::pack_right(source, parts_, to, panel()); }
+
+  void pack_narrow(Matrix<const float> b) {
+    is_narrow_ = true;
+    float* to = memory_.get<float>(b.num_rows * narrow::kColumns);
+    for (int64_t i = 0; i < b.num_rows; ++i, to += narrow::kColumns) {
+      std::fill_n(to, narrow::kColumns, 0.0f);
+      for (int64_t j = 0; j < b.num_cols; ++j) to[j] = b.data[i * b.row_stride + j * b.col_stride];
+    }
+  }
 
   // One panel of the left factor after the other meets all of the right one, which stays in the second-level cache
   template <typename Result, typename PackLeft>
@@ -221,6 +248,7 @@ class RightFactor {
   }
 
   int64_t parts_, depth_ = 0;
+  bool is_narrow_ = false;
   Matrix<const scalar_t> b_{};
   Memory memory_;
 };
@@ -263,6 +291,11 @@ class GramSum {
   // weight of each row; null: 1
   void add(Pair<scalar_t> x, const scalar_t* weight, Workspace& space) {
     if constexpr (std::is_same_v<scalar_t, float>) {
+      if (!weight && width_ <= narrow::kWidest && narrow::available()) {
+        narrow::gram(as_rows(x), is_set_, gram_.get<double>(width_ * width_));
+        is_set_ = true;
+        return;
+      }
       if (parts_) {
         for (int64_t i = 0; i < x.num_rows; i += kDepth)
           append(x.rows(i, std::min(kDepth, x.num_rows - i)), weight ? weight + i : nullptr, space);

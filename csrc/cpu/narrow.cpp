@@ -1,0 +1,178 @@
+#include "narrow.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx512f")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace fasthyper::narrow {
+namespace {
+
+constexpr int64_t kTile = 128;   // rows that stay in the first-level cache: as many sums in float32 before one in float64
+constexpr int kRest = 6;         // columns behind whole vectors that are made as rows
+constexpr int kProductRows = 8;  // rows of a block of a product
+
+inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
+
+// One pair; behind it anything
+inline void write_row(const float* first_row, const float* second_row, const float* minus_row, int64_t first_cols,
+                      int64_t second_cols, float* to) {
+  for (int64_t j = 0; j < first_cols; j += 16) {
+    const __mmask16 mask = first(first_cols - j);
+    _mm512_mask_storeu_ps(to + j, mask, _mm512_maskz_loadu_ps(mask, first_row + j));
+  }
+  for (int64_t j = 0; j < second_cols; j += 16) {
+    const __mmask16 mask = first(second_cols - j);
+    __m512 value = _mm512_maskz_loadu_ps(mask, second_row + j);
+    if (minus_row) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(mask, minus_row + j));
+    _mm512_mask_storeu_ps(to + first_cols + j, mask, value);
+  }
+}
+
+// Pairs with minus, of vectors that are read and written whole: not for the last rows, behind which nothing may be read
+template <int vectors>
+void write_whole(const float* p, const float* q, const float* minus, int64_t stride, int64_t first_cols, int64_t length,
+                 float* to) {
+  for (int64_t i = 0; i < length; ++i, p += stride, q += stride, minus += stride, to += kWidest) {
+    __m512 a[vectors], b[vectors];
+    for (int z = 0; z < vectors; ++z) {
+      a[z] = _mm512_loadu_ps(p + 16 * z);
+      b[z] = _mm512_sub_ps(_mm512_loadu_ps(q + 16 * z), _mm512_loadu_ps(minus + 16 * z));
+    }
+    for (int z = 0; z < vectors; ++z) _mm512_storeu_ps(to + 16 * z, a[z]);
+    for (int z = 0; z < vectors; ++z) _mm512_storeu_ps(to + first_cols + 16 * z, b[z]);
+  }
+}
+
+// Up to kTile pairs, kWidest apart; behind each anything
+void write(const Rows& x, int64_t start, int64_t length, float* to) {
+  const float *p = x.first + start * x.stride, *q = x.second + start * x.stride;
+  const float* minus = x.minus ? x.minus + start * x.stride : nullptr;
+  int64_t i = 0;
+  const int64_t reach = 32 - std::min(x.first_cols, x.second_cols);  // read behind a row
+  if (minus && x.first_cols > 16 && x.second_cols > 16 && x.second_cols <= 32 && x.first_cols + 32 <= kWidest) {
+    const int64_t safe = start + length == x.num_rows ? length - reach / x.stride - 1 : length;
+    i = std::max<int64_t>(0, std::min(safe, length));
+    write_whole<2>(p, q, minus, x.stride, x.first_cols, i, to);
+  }
+  for (; i < length; ++i)
+    write_row(p + i * x.stride, q + i * x.stride, minus ? minus + i * x.stride : nullptr, x.first_cols, x.second_cols,
+              to + i * kWidest);
+}
+
+// rows x 16 vectors of X'X, from a row and a vector of columns on; of them num_rows and the columns before num_cols count.
+// Turned, they go to their place above the diagonal.
+template <int rows, int vectors>
+void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int64_t num_rows, int64_t num_cols,
+                int64_t width, bool turned, bool adds, double* sum) {
+  __m512 acc[rows][vectors];
+  for (auto& line : acc)
+    for (auto& a : line) a = _mm512_setzero_ps();
+  for (int64_t i = 0; i < length; ++i, x += kWidest) {
+    __m512 v[vectors];
+    for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(x + 16 * (vector + z));
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512 factor = _mm512_set1_ps(x[row + r]);
+      for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(factor, v[z], acc[r][z]);
+    }
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    alignas(64) float line[16 * vectors];
+    for (int z = 0; z < vectors; ++z) _mm512_store_ps(line + 16 * z, acc[r][z]);
+    const int64_t count = std::min<int64_t>(16 * vectors, num_cols - 16 * vector), step = turned ? width : 1;
+    double* to = sum + (turned ? 16 * vector * width + row + r : (row + r) * width + 16 * vector);
+    for (int64_t j = 0; j < count; ++j) to[j * step] = (adds ? to[j * step] : 0) + line[j];
+  }
+}
+
+// Whole vectors of columns, block row by block row from the diagonal on; the few columns behind them as rows
+void gram_tile(const float* x, int64_t length, int64_t width, bool adds, double* sum) {
+  int64_t vectors = width / 16, rest = width % 16;
+  if (rest > kRest) ++vectors, rest = 0;
+  const int64_t height = width - rest;
+  for (int64_t row = 0; row < height;) {
+    const int64_t from = row / 16, rows = vectors - from == 4 ? 4 : 8;
+    const auto run = vectors - from == 4   ? gram_block<4, 4>
+                     : vectors - from == 3 ? gram_block<8, 3>
+                     : vectors - from == 2 ? gram_block<8, 2>
+                                           : gram_block<8, 1>;
+    run(x, length, row, from, std::min(rows, height - row), height, width, false, adds, sum);
+    row += rows;
+  }
+  if (rest) gram_block<kRest, 4>(x, length, height, 0, rest, width, width, true, adds, sum);
+}
+
+template <int rows>
+inline void product_rows(const float* x, const float* right, int64_t depth, int64_t num_cols, float* out, int64_t stride) {
+  __m512 acc[rows][2];
+  for (auto& line : acc) line[0] = line[1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m512 c0 = _mm512_load_ps(right + k * kColumns), c1 = _mm512_load_ps(right + k * kColumns + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512 factor = _mm512_set1_ps(x[r * kWidest + k]);
+      acc[r][0] = _mm512_fmadd_ps(factor, c0, acc[r][0]);
+      acc[r][1] = _mm512_fmadd_ps(factor, c1, acc[r][1]);
+    }
+  }
+  const __mmask16 m0 = first(num_cols), m1 = first(num_cols - 16);
+  for (int r = 0; r < rows; ++r) {
+    _mm512_mask_storeu_ps(out + r * stride, m0, acc[r][0]);
+    if (m1) _mm512_mask_storeu_ps(out + r * stride + 16, m1, acc[r][1]);
+  }
+}
+
+}  // namespace
+
+bool available() {
+  static const bool is_available = [] {
+    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+    return (limit == nullptr || *limit == '\0' || std::strncmp(limit, "avx512", 6) == 0) &&
+           __builtin_cpu_supports("avx512f");
+  }();
+  return is_available;
+}
+
+void gram(const Rows& x, bool adds, double* sum) {
+  alignas(64) float tile[kTile * kWidest] = {};
+  const int64_t width = x.first_cols + x.second_cols;
+  for (int64_t start = 0; start < x.num_rows; start += kTile, adds = true) {
+    const int64_t length = std::min(kTile, x.num_rows - start);
+    write(x, start, length, tile);
+    gram_tile(tile, length, width, adds, sum);
+  }
+}
+
+void multiply(const Rows& x, const float* right, int64_t num_cols, float* out, int64_t out_stride) {
+  alignas(64) float tile[kTile * kWidest];
+  const int64_t depth = x.first_cols + x.second_cols;
+  for (int64_t start = 0; start < x.num_rows; start += kTile) {
+    const int64_t length = std::min(kTile, x.num_rows - start);
+    write(x, start, length, tile);
+    int64_t i = 0;
+    for (; i + kProductRows <= length; i += kProductRows)
+      product_rows<kProductRows>(tile + i * kWidest, right, depth, num_cols, out + (start + i) * out_stride, out_stride);
+    for (; i < length; ++i)
+      product_rows<1>(tile + i * kWidest, right, depth, num_cols, out + (start + i) * out_stride, out_stride);
+  }
+}
+
+}  // namespace fasthyper::narrow
+
+#else
+
+namespace fasthyper::narrow {
+
+bool available() { return false; }
+void gram(const Rows&, bool, double*) {}
+void multiply(const Rows&, const float*, int64_t, float*, int64_t) {}
+
+}  // namespace fasthyper::narrow
+#endif
