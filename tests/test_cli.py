@@ -128,7 +128,7 @@ def test_damaged_data_is_named(tmp_path, capsys):
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
-    command[command.index("12")], command[command.index("2")] = "1000", "20"
+    command[command.index("12")], command[command.index("2")] = "500", "20"
 
     def start():
         def foreground():
