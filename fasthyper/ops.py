@@ -261,7 +261,8 @@ def hypernet_drift(
         Scalar ``[]``, never negative, dimensionless, in the dtype of ``embeddings``; 0 when ``T == 0``.
 
     Raises:
-        ValueError: shapes disagree, or unknown ``precision``.  TypeError: dtypes differ, or are other than float32 and float64.
+        ValueError: shapes disagree, or unknown ``precision``.
+        TypeError: dtypes differ, or are other than float32 and float64.
         RuntimeError: a rectangle leaves the grid.
 
     The drift of the features is exact to rounding however small the step. Second derivatives raise.

@@ -70,8 +70,8 @@ def hypernet_drift_fwd(
     """Value of the drift and its gradients for the task embeddings and all of theta, trunk included (E2 behind E5).
 
     A difference goes through the trunk, da = W dx + dW x0 + db and dx = act(a0 + da) - act(a0), so that a small step keeps
-    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work; it is
-    not read here.
+    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work;
+    it is not read here.
     """
     (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
     split, act = [embeddings_TE.shape[1]], BY_CODE[activation]

@@ -13,7 +13,6 @@ from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import drift_plan, snapshot_bytes
 from fasthyper.trunk import run_trunk, trunk_drift
 
-
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
 
 
@@ -25,8 +24,8 @@ class OutputRegularizer:
         form: of the drift, ``"auto"``, ``"gram"`` or ``"direct"``; see ``planner.drift_plan``.
         precision: of products of float32 matrices in the drift, ``"highest"``, ``"high"`` or ``"medium"``; see
             ``ops.output_drift``.
-        memory_budget: bytes that a snapshot may take for pre-activations of the trunk. Those of T tasks are stored where they
-            fit; else they are made again in each step, a tenth slower, and nothing stored grows with T but the embeddings.
+        memory_budget: bytes that a snapshot may take for pre-activations of the trunk. Those of T tasks are stored where
+            they fit; else they are made again in each step, a tenth slower, and nothing stored grows with T but the embeddings.
 
     Raises:
         ValueError: unknown ``form`` or ``precision``, or a negative budget.

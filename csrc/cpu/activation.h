@@ -17,8 +17,8 @@ inline void unary_out(const char* op, const Tensor& in, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// x0 and dx of a row lie ``stride`` apart from those of the next: they are columns of [dx | x0 | 1]. All else is dense, but for
-// relu, where da may be a block of a product and a0 and slope the columns of theirs.
+// x0 and dx of a row lie ``stride`` apart from those of the next: they are columns of [dx | x0 | 1]. All else is dense, but
+// for relu, where da may be a block of a product and a0 and slope the columns of theirs.
 struct Shape {
   int64_t rows, width, stride, da_stride, a0_stride;
   int64_t size() const { return rows * width; }

@@ -122,7 +122,8 @@ class Drift {
         std::fill_n(to_h + i * width_, width_, scalar_t(0));
         for (const Segment& s : segments_)
           if (covers(r, s))
-            for (int64_t j = 0; j < width_; ++j) to_h[i * width_ + j] += scalar_t(2 * s.gram.template data<double>()[i * full_ + j]);
+            for (int64_t j = 0; j < width_; ++j)
+              to_h[i * width_ + j] += scalar_t(2 * s.gram.template data<double>()[i * full_ + j]);
       });
       to_h_.back().pack(dense<const scalar_t>(to_h, full_, width_), width_);
     }
@@ -221,8 +222,8 @@ class Drift {
     return segment;
   }
 
-  // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole. Of some it may be
-  // null; of all, then nothing is made.
+  // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole. Of some it
+  // may be null; of all, then nothing is made.
   void total(const std::vector<const double*>& sums, const double* gram0, Memory& memory) const {
     if (std::all_of(sums.begin(), sums.end(), [](const double* sum) { return sum == nullptr; })) return;
     double* gram = memory.get<double>(full_ * full_);
@@ -246,7 +247,8 @@ class Drift {
     torch::stable::parallel_for(0, (full_ + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t lo = begin * kBlock; lo < std::min(full_, end * kBlock); lo += kBlock)
         for (int64_t j = 0; j < std::min(full_, lo + kBlock); ++j)
-          for (int64_t i = std::max(lo, j + 1); i < std::min(full_, lo + kBlock); ++i) gram[i * full_ + j] = gram[j * full_ + i];
+          for (int64_t i = std::max(lo, j + 1); i < std::min(full_, lo + kBlock); ++i)
+            gram[i * full_ + j] = gram[j * full_ + i];
     });
   }
 

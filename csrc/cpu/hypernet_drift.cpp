@@ -13,11 +13,11 @@ namespace {
 // snapshot's pre-activations a0 are not given they are made again, a0 = [x0 | 1] [W0 | b0]'.
 template <typename scalar_t>
 struct Layer {
-  Tensor weight;     // [o, i]
-  Tensor step;       // [2 i + 1, o], what x is multiplied by
-  Tensor step0;      // [i + 1, o], what [x0 | 1] is multiplied by, where a0 is not given
+  Tensor weight;       // [o, i]
+  Tensor step;         // [2 i + 1, o], what x is multiplied by
+  Tensor step0;        // [i + 1, o], what [x0 | 1] is multiplied by, where a0 is not given
   const scalar_t* a0;  // [T, N, o] or null
-  int64_t width;     // o
+  int64_t width;       // o
   RightFactor<scalar_t> by_step, by_step0, by_weight;
 };
 
@@ -367,8 +367,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
       *data<scalar_t>(value) = static_cast<scalar_t>(pairs.run(grad_embeddings, grad_theta[0]));
       return;
     }
-    HypernetDrift<scalar_t> hypernet(theta, theta0, embeddings, embeddings0, pre0, static_cast<Activation>(activation), drift,
-                                     parts);
+    HypernetDrift<scalar_t> hypernet(theta, theta0, embeddings, embeddings0, pre0, static_cast<Activation>(activation),
+                                     drift, parts);
     *data<scalar_t>(value) = static_cast<scalar_t>(hypernet.run(grad_embeddings, grad_theta));
   });
   return {value, grad_embeddings, grad_theta};

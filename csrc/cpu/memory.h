@@ -1,4 +1,5 @@
-// Scratch memory and large results that are kept for the next call: the pages of fresh memory cost more than the work on them.
+// Scratch memory and large results that are kept for the next call: the pages of fresh memory cost more than the work on
+// them.
 #pragma once
 
 #include <cstddef>

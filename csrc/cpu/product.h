@@ -1,7 +1,7 @@
 // Matrix products, whole or summed, by the tile units where there are some and by aten elsewhere and in float64.
 //
-// What becomes of a product is said by a function of its blocks: result(i, j, num_rows, num_cols, block, stride) gets what lies
-// at (i, j). A product is then added, weighed or summed in float64 while it is in cache.
+// What becomes of a product is said by a function of its blocks: result(i, j, num_rows, num_cols, block, stride) gets what
+// lies at (i, j). A product is then added, weighed or summed in float64 while it is in cache.
 #pragma once
 
 #include <cmath>
@@ -60,8 +60,8 @@ Tensor as_tensor(Matrix<T> m) {
   const int64_t sizes[2] = {m.num_rows, m.num_cols}, strides[2] = {m.row_stride, m.col_stride};
   const int32_t dtype = std::is_same_v<scalar_t, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<scalar_t*>(m.data), 2, sizes, strides, 0, dtype,
-                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<scalar_t*>(m.data), 2, sizes, strides, 0,
+                                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -79,29 +79,29 @@ struct Workspace {
 };
 
 template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void store_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
-                                         scalar_t* __restrict__ to, int64_t to_stride) {
+FASTHYPER_VECTOR_CLONES void store_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
+                                         int64_t stride, scalar_t* __restrict__ to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
     for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
 }
 
 template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void add_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
-                                       scalar_t* __restrict__ to, int64_t to_stride) {
+FASTHYPER_VECTOR_CLONES void add_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
+                                       int64_t stride, scalar_t* __restrict__ to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
     for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
 }
 
 template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void sum_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
-                                       double* __restrict__ to, int64_t to_stride) {
+FASTHYPER_VECTOR_CLONES void sum_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
+                                       int64_t stride, double* __restrict__ to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
     for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
 }
 
 template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void set_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block, int64_t stride,
-                                       double* __restrict__ to, int64_t to_stride) {
+FASTHYPER_VECTOR_CLONES void set_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
+                                       int64_t stride, double* __restrict__ to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
     for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
 }
@@ -192,7 +192,8 @@ class RightFactor {
   }
 
  private:
-  static constexpr int64_t kLeftRows = 256;  // packed, they stay in the second-level cache beside a panel of the right factor
+  static constexpr int64_t kLeftRows =
+      256;  // packed, they stay in the second-level cache beside a panel of the right factor
 
   static int64_t padded(int64_t depth) { return tiles::count(depth) * tiles::kSide; }
   int64_t part_bytes(int64_t depth) const { return tiles::panel_bytes(depth, parts_); }
@@ -229,8 +230,8 @@ class RightFactor {
   Memory memory_;
 };
 
-// X'WX summed in float64, X = pairs of rows that are added a few hundred at a time and multiplied a thousand at a time. Of its
-// rows those of the first columns are made, or all; and of them what is not below the diagonal.
+// X'WX summed in float64, X = pairs of rows that are added a few hundred at a time and multiplied a thousand at a time. Of
+// its rows those of the first columns are made, or all; and of them what is not below the diagonal.
 template <typename scalar_t>
 class GramSum {
  public:

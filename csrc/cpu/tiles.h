@@ -1,7 +1,7 @@
 // Products of float32 matrices on tile units for bfloat16 (AMX), at float32 precision (DESIGN 3).
 //
-// A float32 is the sum of three bfloat16, x = x1 + x2 + x3, exactly; of the nine products the six that reach a float32's last
-// bit are made, the small ones first, and summed in float32. With two parts three products, with one part one.
+// A float32 is the sum of three bfloat16, x = x1 + x2 + x3, exactly; of the nine products the six that reach a float32's
+// last bit are made, the small ones first, and summed in float32. With two parts three products, with one part one.
 //
 // A factor is packed as panels of 32 vectors: for each 32 of their depth, each part, each half of the vectors, one tile.
 // Vectors are rows of a left factor and columns of a right one; what is missing of a panel or of the depth is zero.
@@ -20,9 +20,9 @@ inline int64_t panel_bytes(int64_t depth, int64_t parts) { return count(depth) *
 // Whether this machine, this system and ATEN_CPU_CAPABILITY, where it is set, allow them
 bool available();
 
-// Element k of vector v is from[v * vector_stride + k * depth_stride], plus ``sign`` times that of ``other`` unless that is null;
-// one of the strides is 1. Where vectors lie contiguous it is multiplied by scale[k] unless that is null. Panels lie panel_stride
-// bytes apart. Whole tiles are written, and nothing else.
+// Element k of vector v is from[v * vector_stride + k * depth_stride], plus ``sign`` times that of ``other`` unless that is
+// null; one of the strides is 1. Where vectors lie contiguous it is multiplied by scale[k] unless that is null. Panels lie
+// panel_stride bytes apart. Whole tiles are written, and nothing else.
 struct Source {
   const float* from;
   int64_t vector_stride, depth_stride, num_vectors, depth;
