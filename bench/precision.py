@@ -1,4 +1,5 @@
-"""Errors of the float32 regularizer against float64, ours and the loop's, over the size of a step and in a trained state.
+"""Errors of the float32 regularizer against float64, ours at each precision and the loop's, over the size of a step and in a
+trained state.
 
 python bench/precision.py     writes bench/results/precision.json
 """
@@ -18,13 +19,12 @@ from fasthyper.environment import environment  # noqa: E402
 
 
 def main() -> int:
+    states = [(f"random, {name}", step, random_state(name, step)) for name in STATES for step in STEPS]
     rows = []
-    for name in STATES:
-        for step in STEPS:
-            ours, loop = float32_errors(*random_state(name, step))
-            rows.append({"state": f"random, {name}", "step": step, "ours": ours, "loop": loop})
-    ours, loop = float32_errors(*trained_state())
-    rows.append({"state": "trained, ten tasks", "step": None, "ours": ours, "loop": loop})
+    for name, step, state in [*states, ("trained, ten tasks", None, trained_state())]:
+        ours, loop = float32_errors(*state)
+        lower = {precision: float32_errors(*state, precision)[0] for precision in ("high", "medium")}
+        rows.append({"state": name, "step": step, "ours": ours, "loop": loop, **lower})
     record = {"environment": environment(), "errors": rows}
     (ROOT / "bench" / "results" / "precision.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0

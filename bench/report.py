@@ -137,9 +137,10 @@ def with_peers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def precision_table(precision: dict[str, Any]) -> str:
-    lines = ["", "| state | step | value: ours | loop | gradient: ours | loop |", "|---|---|---|---|---|---|"]
+    lines = ["", "| state | step | value: ours | loop | gradient: ours | loop | high | medium |", f"|{'---|' * 8}"]
     for row in precision["errors"]:
         errors = [f"{row[who][what]:.0e}" for what in ("value", "gradient") for who in ("ours", "loop")]
+        errors += [f"{row[precision]['gradient']:.0e}" for precision in ("high", "medium")]
         step = "" if row["step"] is None else f"{row['step']:.0e}"
         lines.append(f"| {row['state']} | {step} | {' | '.join(errors)} |")
     return "\n".join([*lines, ""])

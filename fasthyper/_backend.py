@@ -39,7 +39,8 @@ def _plain(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def run(*args: Any) -> Any:
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
+        device = next((t.device.type for t in flat if isinstance(t, torch.Tensor)), "cpu")
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return op(*args)
 
@@ -67,7 +68,7 @@ def _bind_cpu(choice: str) -> str:
             stacklevel=2,
         )
         return f"reference (the C++ extension does not load: {error})"
-    return "cpp"
+    return "cpp (bfloat16 tile units)" if ops._has_tile_units(torch.empty(0)) else "cpp"
 
 
 _bind(os.environ.get("FASTHYPER_BACKEND", "auto"))

@@ -42,12 +42,14 @@ LIBRARY.define(
     "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
     f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}) -> ()"
 )
+LIBRARY.define("_has_tile_units(Tensor like) -> bool")
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = (
     *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
     *("hyper_linear_fwd", "hyper_linear_bwd", "adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
+    "has_tile_units",
 )
 
 
@@ -118,6 +120,7 @@ _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
 _adam_ahead = torch.ops.fasthyper._adam_ahead.default
 _adam_step_ = torch.ops.fasthyper._adam_step_.default
+_has_tile_units = torch.ops.fasthyper._has_tile_units.default
 
 
 class _OutputDrift(torch.autograd.Function):
@@ -584,7 +587,7 @@ def adam_step_(
     Args:
         params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype; updated.
         grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
-        steps: scalar tensors, number of steps taken before; one more afterwards.
+        steps: scalar tensors of float32 or float64, number of steps taken before; one more afterwards.
         lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
 
     Raises:
@@ -597,6 +600,9 @@ def adam_step_(
         for i, tensor in enumerate(tensors):
             if not tensor.is_contiguous():
                 raise ValueError(f"adam_step_: {name}[{i}] is updated in place and must be contiguous")
+    for i, step in enumerate(steps):
+        if step.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"adam_step_: steps[{i}] is updated in place and must be float32 or float64, got {step.dtype}")
     settings = (lr, *betas, eps, weight_decay, decoupled)
     _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])

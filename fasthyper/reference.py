@@ -71,8 +71,8 @@ def hypernet_drift_fwd(
     """Value of the drift and its gradients for the task embeddings and all of theta, trunk included (E2 behind E5).
 
     A difference goes through the trunk, da = W dx + dW x0 + db and dx = act(a0 + da) - act(a0), so that a small step keeps
-    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work; it
-    is not read here.
+    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work;
+    it is not read here.
     """
     (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
     split, act = [embeddings_TE.shape[1]], BY_CODE[activation]
@@ -140,7 +140,7 @@ def target_drift_fwd(
     (num_tasks, num_chunks, width), chunk_size = h_TNH.shape, len(basis_SK)
     value = torch.zeros((), dtype=torch.float64, device=h_TNH.device)
     grad_h_TNH, grad_basis_SK = torch.zeros_like(h_TNH), torch.zeros_like(basis_SK)
-    x_TND = ha_TNK = torch.cat([h_TNH, torch.ones_like(h_TNH[..., :1])], -1)
+    x_TND = ha_TNK = torch.cat([h_TNH, h_TNH.new_ones(num_tasks, num_chunks, 1)], -1)
     y_SD = basis_SK
     if snapshot:
         h0_TNH, basis0_SK = snapshot
@@ -150,7 +150,9 @@ def target_drift_fwd(
     for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, _ in plan.tolist():
         task_hi = num_tasks if task_hi < 0 else task_hi
         _check_rectangle(task_lo, task_hi, num_tasks, chunk_lo, chunk_hi, num_chunks, col_lo, col_hi, chunk_size)
-        step = max(1, DIRECT_TILE // max(1, col_hi - col_lo))
+        if col_lo == col_hi:
+            continue
+        step = max(1, DIRECT_TILE // (col_hi - col_lo))
         for task in range(task_lo, task_hi):
             for lo in range(chunk_lo, chunk_hi, step):
                 hi = min(lo + step, chunk_hi)
@@ -389,6 +391,11 @@ def adam_delta_bwd(
     grad_grad = grad_delta * scale * ((1 - beta1) - m / (root + eps) * d_root)
     grad_param = -lr * weight_decay * grad_delta if decoupled else weight_decay * grad_grad
     return grad_param, grad_grad
+
+
+def has_tile_units(like: Tensor) -> bool:
+    """Whether the device of ``like`` multiplies float32 in bfloat16 parts, on tile units, and so heeds ``precision``."""
+    return False
 
 
 def _bias_corrections(step: Tensor, beta1: float, beta2: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ hypothesis.settings.load_profile("fasthyper")
 TOL = {
     ("drift", torch.float64): 1e-10,  # the project's bound; 1e-13 is reached
     ("drift", torch.float32): 2e-5,  # a difference of float32 products at a step of a tenth
+    ("drift, high", torch.float32): 1e-5,  # two bfloat16 parts of each factor, 16 bits; 5e-6 is reached in random states
+    ("drift, medium", torch.float32): 1e-2,  # one part, 8 bits; 3e-3 is reached in random states
     ("generate", torch.float64): 1e-12,
     ("generate", torch.float32): 1e-6,
     ("hyper_linear", torch.float64): 1e-12,

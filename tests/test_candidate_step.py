@@ -84,6 +84,13 @@ def test_adam_delta_forward_backward(implementation, settings, size, dtype):
         assert oracle.relative_error(have, wanted_grad) < TOL["adam_delta", dtype]
 
 
+def test_adam_delta_without_decay_does_not_read_the_parameter(implementation, dtype):
+    param, *rest = state(dtype)
+    settings = (0.1, 0.7, 0.95, 1e-2, 0.0, False)
+    delta = implementation.adam_delta_fwd(torch.full_like(param, torch.nan), *rest, *settings)
+    assert torch.equal(delta, implementation.adam_delta_fwd(param, *rest, *settings))
+
+
 def public_adam_delta(settings):
     lr, beta1, beta2, eps, decay, decoupled = settings
     return lambda p, g, m, v, step: ops.adam_delta(

@@ -129,7 +129,7 @@ def test_damaged_data_is_named(tmp_path, capsys):
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
-    command[command.index("12")] = "20000"
+    command[command.index("12")], command[command.index("2")] = "500", "20"
 
     def start():
         def foreground():
@@ -141,16 +141,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 
     process = start()
     assert "permuted-digits" in process.stdout.readline()
-    while not (tmp_path / "run").exists():
-        time.sleep(0.05)
-    time.sleep(1)
+    checkpoint, until = tmp_path / "run" / "checkpoint.safetensors", time.monotonic() + 240
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)  # until the first task of twenty is kept
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "interrupted; state saved in" in errors and "the same command goes on" in errors
-    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert checkpoint.exists()
     process = start()
     process.stdout.readline()
     assert "going on in" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import relative_error
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from fasthyper.activations import ACTIVATIONS, BY_CODE
 
 Tensors = dict[str, Tensor]
 Draw = Callable[[Any], Any]
-KEPT = {"gram0", "step"}  # never cast to the dtype under test
+KEPT = {"gram0", "step", "steps"}  # never cast to the dtype under test
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-5}  # error, over what the terms would sum to if none cancelled
 GUARD = 8  # elements of canary on either side
 small = st.integers(0, 5)
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     run: Callable[[Tensors], list[Tensor]]
     differentiable: tuple[str, ...]
     magnitudes: Call | None = None
+    changed: tuple[str, ...] = ()  # in place; contiguous
 
 
 def values(draw: Draw, *size: int) -> Tensor:
@@ -49,13 +52,19 @@ def values(draw: Draw, *size: int) -> Tensor:
     return torch.randn(held, generator=generator).double().expand(size)
 
 
-def lay(draw: Draw, clean: Tensor, dtype: torch.dtype) -> Tensor:
+def weights(draw: Draw, num_tasks: int) -> Tensor:
+    """Of tasks; sometimes negative."""
+    found = values(draw, num_tasks)
+    return found if draw(small) == 5 else found.abs()
+
+
+def lay(draw: Draw, clean: Tensor, dtype: torch.dtype, contiguous: bool = False) -> Tensor:
     """The same values amid canaries: at any offset, transposed, with steps, expanded, or with a pending negation."""
     held = clean
     for dim, (size, stride) in enumerate(zip(clean.shape, clean.stride(), strict=True)):
         held = held.narrow(dim, 0, 1) if size > 1 and stride == 0 else held
-    held = held.to(dtype)
-    kind = draw(st.sampled_from(["plain", "offset", "strided", "strided", "negated"]))
+    held = held.to(dtype, copy=contiguous)
+    kind = draw(st.sampled_from(["plain", "offset"] if contiguous else ["plain", "offset", "strided", "strided", "negated"]))
     if kind == "negated" and dtype.is_floating_point:
         held = torch.complex(torch.full_like(held, math.nan), -held).conj().imag
     elif kind != "plain":
@@ -87,12 +96,16 @@ def draw_step(draw: Draw) -> float:
     return draw(st.sampled_from([0.0, 2**-10, 0.125, 1.0]))
 
 
-def lists(tensors: Tensors) -> dict[str, Any]:
-    """``name[0]``, ``name[1]``, ... as a list ``name``."""
-    found: dict[str, Any] = {"theta": [], "theta0": [], "pre0": []}
+def stem(name: str) -> str:
+    return name.split("[")[0]
+
+
+def lists(tensors: Tensors, *names: str) -> dict[str, Any]:
+    """``name[0]``, ``name[1]``, ... as a list ``name``; those of ``names`` also where there are none."""
+    found: dict[str, Any] = {name: [] for name in names}
     for name, tensor in tensors.items():
         if name.endswith("]"):
-            found[name.split("[")[0]].append(tensor)
+            found.setdefault(stem(name), []).append(tensor)
         else:
             found[name] = tensor
     return found
@@ -113,12 +126,49 @@ def output_drift(draw: Draw) -> Call:
         "plan": draw_plan(draw, *grid),
     }
     if draw(st.booleans()):
-        tensors["weight"] = values(draw, grid[0]).abs()
+        tensors["weight"] = weights(draw, grid[0])
 
-    now, change = basis.abs(), (basis - tensors["basis0"]).abs()
-    positive = {name: t.abs() if t.is_floating_point() else t for name, t in tensors.items()}
-    positive |= {"basis": now, "basis0": now - change}
     call = Call(tensors, lambda t: [ops.output_drift(**t)], ("dh", "basis"))
+    return call._replace(magnitudes=call._replace(tensors=positive_output(tensors)))
+
+
+def positive_output(tensors: Tensors) -> Tensors:
+    positive = {name: t.abs() if t.is_floating_point() else t for name, t in tensors.items()}
+    if "basis0" in tensors:
+        positive["basis0"] = positive["basis"] - (tensors["basis"] - tensors["basis0"]).abs()
+    return positive
+
+
+def target_drift(draw: Draw) -> Call:
+    grid, width = (draw(small), draw(tall), draw(tall)), draw(wide)
+    tensors = {
+        "h": values(draw, *grid[:2], width),
+        "basis": values(draw, grid[2], width + 1),
+        "plan": draw_plan(draw, *grid),
+    }
+    reached = max([(n - 1) * grid[2] + c for _, _, _, n, _, c, _ in tensors["plan"].tolist()], default=0)
+    size = draw(st.integers(max(0, reached), grid[1] * grid[2] + 3))
+
+    def per_weight(name: str) -> Tensors:
+        if draw(st.booleans()):
+            return {name: values(draw, grid[0], size)}
+        return {f"{name}[{t}]": values(draw, size) for t in range(grid[0])}
+
+    has_targets = draw(st.booleans())
+    if has_targets:
+        tensors |= per_weight("targets")
+    else:
+        tensors["h0"] = values(draw, *grid[:2], width)
+        tensors["basis0"] = (tensors["basis"] - draw_step(draw) * values(draw, grid[2], width + 1)).float().double()
+    if draw(st.booleans()):
+        tensors |= {name: t.abs() for name, t in per_weight("importance").items()}
+    if draw(st.booleans()):
+        tensors["weight"] = weights(draw, grid[0])
+
+    positive = positive_output(tensors)
+    positive |= {name: -t for name, t in positive.items() if stem(name) == "targets"}
+    names = ["targets"] if has_targets else []
+    call = Call(tensors, lambda t: [ops.target_drift(**lists(t, *names))], ("h", "basis"))
     return call._replace(magnitudes=call._replace(tensors=positive))
 
 
@@ -137,14 +187,24 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
         tensors[then] = (tensors[name] - step * values(draw, *sizes[name])).float().double()
     tensors |= {f"pre0[{i}]": values(draw, *grid[:2], o) for i, o in enumerate(hidden)}
     tensors["plan"] = draw_plan(draw, *grid)
+    made_again = draw(st.booleans())
+    if made_again:
+        tensors |= pre_activations(tensors, len(hidden), BY_CODE[code].value)
     if draw(st.booleans()):
-        tensors["weight"] = values(draw, grid[0]).abs()
+        tensors["weight"] = weights(draw, grid[0])
         if draw(st.booleans()):
-            rows = reference._pairs(tensors["embeddings0"], tensors["theta0[0]"])
+            rows = reference.pairs(tensors["embeddings0"], tensors["theta0[0]"])
             h0 = BY_CODE[code].value(tensors[f"pre0[{len(hidden) - 1}]"]) if hidden else rows
             tensors["gram0"] = reference.gram0(h0, tensors["weight"], tensors["plan"])
 
-    positive = tensors | {f"pre0[{i}]": tensors[f"pre0[{i}]"].abs() + 1 for i in range(len(hidden))}
+    absolute = {name: t.abs() for name, t in tensors.items()}
+    if made_again:
+        absolute |= pre_activations(absolute, len(hidden), lambda a: a + 1)
+    positive = tensors | {f"pre0[{i}]": absolute[f"pre0[{i}]"] + 1 for i in range(len(hidden))}
+    if "weight" in tensors:
+        positive["weight"] = absolute["weight"]
+    if made_again:
+        tensors = {name: t for name, t in tensors.items() if stem(name) != "pre0"}
     for name in sizes:
         then = earlier(name)
         now, change = tensors[name].abs(), (tensors[name] - tensors[then]).abs()
@@ -155,13 +215,22 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
 
     def call(tensors, code):
         def run(t):
-            found = public(**lists(t), activation=code)
+            found = public(**lists(t, "pre0"), activation=code)
             return [found] if isinstance(found, Tensor) else [found[0], *found[1], found[2]]
 
         return Call(tensors, run, tuple(sizes) if public is ops.hypernet_drift else ())
 
     # of what is positive relu is the identity, which no activation exceeds, nor is steeper than by a tenth
     return call(tensors, code)._replace(magnitudes=call(positive, ACTIVATIONS["relu"].code))
+
+
+def pre_activations(tensors: Tensors, num_layers: int, value: Callable[[Tensor], Tensor]) -> Tensors:
+    """Those of the snapshot."""
+    found, x = {}, reference.pairs(tensors["embeddings0"], tensors["theta0[0]"])
+    for i in range(num_layers):
+        found[f"pre0[{i}]"] = F.linear(x, tensors[f"theta0[{2 * i + 1}]"], tensors[f"theta0[{2 * i + 2}]"])
+        x = value(found[f"pre0[{i}]"])
+    return found
 
 
 def hypernet_drift_value_and_grad(draw: Draw) -> Call:
@@ -181,28 +250,61 @@ def generate(draw: Draw) -> Call:
 
 
 def adam_delta(draw: Draw) -> Call:
+    tensors, settings = adam_state(draw), adam_settings(draw)
+    return Call(tensors, lambda t: [ops.adam_delta(**t, **settings)], ("param", "grad"))
+
+
+def adam_state(draw: Draw, step_dtypes=(torch.float32, torch.float64, torch.int64)) -> Tensors:
     size = [draw(small) for _ in range(draw(st.integers(0, 3)))]
     size = [draw(st.sampled_from([1 << 14, 40_000]))] if draw(small) == 5 else size
     param, grad, exp_avg = (values(draw, *size).abs() for _ in range(3))  # of one sign: where terms cancel digits go
-    settings = {
+    exp_avg_sq = (1 + values(draw, *size).abs()).float().double()
+    step = torch.tensor(draw(st.integers(0, 100)), dtype=draw(st.sampled_from(step_dtypes)))
+    return {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+
+
+def adam_settings(draw: Draw) -> dict[str, Any]:
+    return {
         "lr": draw(st.sampled_from([0.0, 1e-3, 1.0])),
         "betas": draw(st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.5)])),
         "eps": draw(st.sampled_from([1e-8, 1e-2])),
         "weight_decay": draw(st.sampled_from([0.0, 0.25])),
         "decoupled": draw(st.booleans()),
     }
-    step = torch.tensor(draw(st.integers(0, 100)), dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.int64])))
-    tensors = {
-        "param": param,
-        "grad": grad,
-        "exp_avg": exp_avg,
-        "exp_avg_sq": (1 + values(draw, *size).abs()).float().double(),
-        "step": step,
-    }
-    return Call(tensors, lambda t: [ops.adam_delta(**t, **settings)], ("param", "grad"))
 
 
-CALLS = (output_drift, hypernet_drift, hypernet_drift_value_and_grad, generate, adam_delta)
+def adam_states(draw: Draw, **kinds: Any) -> Tensors:
+    """Of none to three parameters."""
+    states = [adam_state(draw, **kinds) for _ in range(draw(st.integers(0, 3)))]
+    return {f"{name}s[{i}]": t for i, state in enumerate(states) for name, t in state.items()}
+
+
+def adam_ahead(draw: Draw) -> Call:
+    tensors, settings = adam_states(draw), adam_settings(draw)
+    return Call(tensors, lambda t: ops.adam_ahead(**lists(t, *ADAM_LISTS), **settings), ())
+
+
+def adam_step_(draw: Draw) -> Call:
+    tensors, settings = adam_states(draw, step_dtypes=(torch.float32, torch.float64)), adam_settings(draw)
+    changed = tuple(name for name in tensors if stem(name) != "grads")
+    tensors |= {name: tensors[name].contiguous() for name in changed}
+    if draw(st.booleans()):
+        more = {f"more_{name}": values(draw, *t.shape).abs() for name, t in tensors.items() if stem(name) == "grads"}
+        tensors |= more
+    scale = draw(st.sampled_from([0.0, 0.125, 1.0]))
+
+    def run(t):
+        ops.adam_step_(**lists(t, *ADAM_LISTS, "more_grads"), scale=scale, **settings)
+        return [t[name].clone() for name in changed]
+
+    return Call(tensors, run, (), changed=changed)
+
+
+ADAM_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+CALLS = (
+    *(output_drift, hypernet_drift, hypernet_drift_value_and_grad, target_drift),
+    *(generate, adam_delta, adam_ahead, adam_step_),
+)
 every_op = pytest.mark.parametrize("draw_call", CALLS, ids=lambda call: call.__name__)
 
 
@@ -216,6 +318,8 @@ def evaluate(call: Call, tensors: Tensors, upstream: list[Tensor | None], bound:
     with pytest.MonkeyPatch.context() as patch:
         for name in () if bound else ops.OPS:
             patch.setattr(ops, f"_{name}", getattr(reference, name))
+        if not bound:
+            tensors = tensors | {name: tensors[name].clone() for name in call.changed}
         leaves = {name: tensors[name].detach().requires_grad_() for name in call.differentiable}
         outputs = call.run(tensors | leaves)
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=False) if g is not None and o.requires_grad]
@@ -231,7 +335,7 @@ def evaluate(call: Call, tensors: Tensors, upstream: list[Tensor | None], bound:
 def prepare(draw: Draw, call: Call, dtype: torch.dtype) -> tuple[Tensors, list[Tensor | None], list[Tensor | None]]:
     """The call's input laid in memory, and upstream gradients, some missing: clean, and laid."""
     laid = {
-        name: lay(draw, t, dtype if t.is_floating_point() and name not in KEPT else t.dtype)
+        name: lay(draw, t, t.dtype if stem(name) in KEPT or not t.is_floating_point() else dtype, name in call.changed)
         for name, t in call.tensors.items()
     }
     outputs = evaluate(call, call.tensors, [], bound=False)
@@ -253,6 +357,8 @@ def test_fuzz_agrees_with_the_reference_and_leaves_input_alone(draw_call, dtype,
     before = [memory(t).clone() for t in given]
     with torch.autocast("cpu", torch.bfloat16, enabled=data.draw(st.booleans())):
         found = evaluate(call, laid, upstream, bound=True)
+    for name in call.changed:
+        laid[name].copy_(call.tensors[name])  # what lies around it must be as it was
     assert all(torch.equal(memory(t), was) for t, was in zip(given, before, strict=True))
     assert not {t.untyped_storage().data_ptr() for t in found if t.numel()} & {t.untyped_storage().data_ptr() for t in given}
     wanted = evaluate(call, call.tensors, clean_upstream, bound=False)
@@ -261,7 +367,7 @@ def test_fuzz_agrees_with_the_reference_and_leaves_input_alone(draw_call, dtype,
         positive = [None if g is None else g.abs() for g in clean_upstream]
         scales = evaluate(call.magnitudes, call.magnitudes.tensors, positive, bound=False)
     for have, want, scale in zip(found, wanted, scales, strict=True):
-        assert have.shape == want.shape and have.dtype == dtype
+        assert have.shape == want.shape and have.dtype in (dtype, want.dtype)
         assert relative_error(have, want, scale) < BOUND[dtype]
 
 
@@ -292,15 +398,18 @@ def test_fuzz_shows_what_is_not_finite(draw_call, dtype, data, bad):
 def test_fuzz_refuses_wrong_shapes_and_dtypes(draw_call, data):
     call = draw_call(data.draw)
     laid, _, _ = prepare(data.draw, call, torch.float32)
+    hypothesis.assume(laid)
     name = data.draw(st.sampled_from(sorted(laid)))
     tensor, wrong = laid[name], data.draw(st.sampled_from(["dtype", "dimension", "size"]))
     if wrong == "dtype":
-        hypothesis.assume(name != "step")  # any number will do
+        hypothesis.assume(not name.startswith("step"))  # any number will do
         others = {torch.float32, torch.float64, torch.int64, torch.int32} - {tensor.dtype}
         tensor = tensor.to(data.draw(st.sampled_from(sorted(others, key=str))))
     elif wrong == "dimension" or tensor.dim() == 0:
+        hypothesis.assume(name not in ("targets[0]", "importance[0]") or f"{stem(name)}[1]" in laid)  # [1, P] will do
         tensor = tensor[None]
     else:
+        hypothesis.assume(stem(name) not in ("targets", "importance"))  # which may be longer
         tensor = torch.cat([tensor, tensor.new_zeros((*tensor.shape[:-1], 1))], -1)
     with pytest.raises(TypeError if wrong == "dtype" else ValueError, match=r"^\w+: .*\bmust\b|^\w+: .* is |^\w+: .* need "):
         call.run(laid | {name: tensor})
@@ -317,8 +426,9 @@ def test_fuzz_takes_or_refuses_any_plan_as_the_reference_does(draw_call, data):
     try:
         wanted = evaluate(call, tensors, [], bound=False)
     except RuntimeError as error:
-        assert "leaves the grid" in str(error)
-        with pytest.raises(RuntimeError, match="leaves the grid"):
+        found = re.search("leaves the grid|reaches", str(error))
+        assert found
+        with pytest.raises(RuntimeError, match=found[0]):
             call.run(tensors)
         return
     for have, want in zip(evaluate(call, tensors, [], bound=True), wanted, strict=True):

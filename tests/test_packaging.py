@@ -38,8 +38,8 @@ def test_reference_is_bound_when_asked_for():
 
 @pytest.mark.skipif(not HAS_EXTENSION, reason="the extension is not built")
 def test_extension_is_bound():
-    assert python(TRAIN).stdout.strip() == "cpp"
-    assert python(TRAIN, backend="cpp").stdout.strip() == "cpp"
+    assert python(TRAIN).stdout.startswith("cpp")
+    assert python(TRAIN, backend="cpp").stdout.startswith("cpp")
 
 
 def test_without_the_extension_the_reference_runs_and_says_so():

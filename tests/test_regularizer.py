@@ -117,7 +117,7 @@ def test_penalty_names_what_is_wrong():
 # Precision: float32 against float64, ours and the slow way's, on the same float32 states.
 
 
-def float32_errors(hnet, theta0, embeddings, theta):
+def float32_errors(hnet, theta0, embeddings, theta, precision="highest"):
     """Errors of value and gradient (all of theta's as one vector) against float64: (ours, the slow way's)."""
 
     def with_state(dtype):
@@ -134,7 +134,7 @@ def float32_errors(hnet, theta0, embeddings, theta):
         if slow:
             value = slow_penalty(other, leaves, [e.detach() for e in other.task_embeddings], range(num_past))
         else:
-            regularizer = fh.OutputRegularizer(other)
+            regularizer = fh.OutputRegularizer(other, precision=precision)
             regularizer.snapshot(num_past)
             value = regularizer.penalty(leaves)
         grad = torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])

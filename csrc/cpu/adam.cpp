@@ -31,27 +31,27 @@ struct Rule {
   scalar_t l2, decay, beta1, beta2, rest1, rest2, step_size, root_scale, eps;
 };
 
-// out = (whole: param +) the step
-template <typename scalar_t, bool whole>
+// out = (whole: param +) the step; param is read where it matters
+template <typename scalar_t, bool whole, bool decays>
 FASTHYPER_VECTOR_CLONES void ahead_range(int64_t length, const Rule<scalar_t> rule, const scalar_t* __restrict__ param,
                                          const scalar_t* __restrict__ grad, const scalar_t* __restrict__ exp_avg,
                                          const scalar_t* __restrict__ exp_avg_sq, scalar_t* __restrict__ out) {
   for (int64_t i = 0; i < length; ++i) {
-    const scalar_t g = grad[i] + rule.l2 * param[i];
-    out[i] = (whole ? param[i] : 0) + rule.change(param[i], rule.first(exp_avg[i], g), rule.second(exp_avg_sq[i], g));
+    const scalar_t p = decays ? param[i] : 0, g = grad[i] + (decays ? rule.l2 * p : 0);
+    out[i] = (whole ? param[i] : 0) + rule.change(p, rule.first(exp_avg[i], g), rule.second(exp_avg_sq[i], g));
   }
 }
 
-template <typename scalar_t, bool more>
+template <typename scalar_t, bool more, bool decays>
 FASTHYPER_VECTOR_CLONES void step_range(int64_t length, const Rule<scalar_t> rule, scalar_t scale,
                                         const scalar_t* __restrict__ grad, const scalar_t* __restrict__ more_grad,
                                         scalar_t* __restrict__ param, scalar_t* __restrict__ exp_avg,
                                         scalar_t* __restrict__ exp_avg_sq) {
   for (int64_t i = 0; i < length; ++i) {
-    const scalar_t g = grad[i] + (more ? scale * more_grad[i] : 0) + rule.l2 * param[i];
+    const scalar_t g = grad[i] + (more ? scale * more_grad[i] : 0) + (decays ? rule.l2 * param[i] : 0);
     exp_avg[i] = rule.first(exp_avg[i], g);
     exp_avg_sq[i] = rule.second(exp_avg_sq[i], g);
-    param[i] += rule.change(param[i], exp_avg[i], exp_avg_sq[i]);
+    param[i] += rule.change(decays ? param[i] : 0, exp_avg[i], exp_avg_sq[i]);
   }
 }
 
@@ -104,15 +104,16 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
   STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
-  for (std::vector<Tensor>* list : {&params, &grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
+  if (whole || weight_decay != 0) make_contiguous(params);
+  for (std::vector<Tensor>* list : {&grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
   for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
-      ahead_range<scalar_t, whole>(hi - lo, rule[i], const_data<scalar_t>(params[i]) + lo,
-                                   const_data<scalar_t>(grads[i]) + lo, const_data<scalar_t>(exp_avgs[i]) + lo,
-                                   const_data<scalar_t>(exp_avg_sqs[i]) + lo, data<scalar_t>(outs[i]) + lo);
+      const auto range = weight_decay != 0 ? ahead_range<scalar_t, whole, true> : ahead_range<scalar_t, whole, false>;
+      range(hi - lo, rule[i], const_data<scalar_t>(params[i]) + lo, const_data<scalar_t>(grads[i]) + lo,
+            const_data<scalar_t>(exp_avgs[i]) + lo, const_data<scalar_t>(exp_avg_sqs[i]) + lo, data<scalar_t>(outs[i]) + lo);
     });
   });
   return outs;
@@ -149,7 +150,8 @@ void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
     using scalar_t = decltype(zero);
     const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
-      const auto step = more ? step_range<scalar_t, true> : step_range<scalar_t, false>;
+      const auto step = weight_decay != 0 ? (more ? step_range<scalar_t, true, true> : step_range<scalar_t, false, true>)
+                                          : (more ? step_range<scalar_t, true, false> : step_range<scalar_t, false, false>);
       step(hi - lo, rule[i], scale, const_data<scalar_t>(grads[i]) + lo,
            more ? const_data<scalar_t>(more_grads[i]) + lo : nullptr, data<scalar_t>(params[i]) + lo,
            data<scalar_t>(exp_avgs[i]) + lo, data<scalar_t>(exp_avg_sqs[i]) + lo);

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
   basis = torch::stable::contiguous(basis);
   const int64_t num_chunks = h.size(0), width = h.size(1), chunk_size = basis.size(0);
   const int64_t threads = torch::stable::get_num_threads(), share = (chunk_size + threads - 1) / threads;
-  const int64_t tile = std::min(share, std::max<int64_t>(kTile / num_chunks, 64));
+  const int64_t tile = std::min(share, kTile / std::clamp<int64_t>(num_chunks, 1, kTile / 64));
   const Tensor ha = with_bias(torch::stable::contiguous(h));
   Tensor grad_ha = torch::stable::new_zeros(ha, ha.sizes()), grad_basis = kept_empty(basis, {chunk_size, width + 1});
   dispatch_floating(h, "generate", [&](auto zero) {

@@ -354,6 +354,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
   for (size_t i = 0; i + 1 < theta.size(); ++i) grad_theta.push_back(torch::stable::new_zeros(theta[i], theta[i].sizes()));
   const Tensor& basis = theta.back();
   if (embeddings.size(0) == 0) {
+    read_plan(plan, 0, theta[0].size(0), basis.size(0));  // is refused all the same
     grad_theta.push_back(torch::stable::new_zeros(basis, basis.sizes()));
     return {value, grad_embeddings, grad_theta};
   }

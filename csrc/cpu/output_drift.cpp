@@ -43,8 +43,13 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
   return {value, grad_h, grad_basis};
 }
 
+bool has_tile_units_cpu(Tensor) { return tiles::available(); }
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fasthyper, CPU, m) { m.impl("_output_drift_fwd", TORCH_BOX(&output_drift_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fasthyper, CPU, m) {
+  m.impl("_output_drift_fwd", TORCH_BOX(&output_drift_fwd_cpu));
+  m.impl("_has_tile_units", TORCH_BOX(&has_tile_units_cpu));
+}
 
 }  // namespace fasthyper

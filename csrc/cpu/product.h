@@ -347,6 +347,7 @@ class GramSum {
   void flush(Workspace& space) {
     const tiles::Units units;
     const int64_t stride = tiles::panel_bytes(kDepth, parts_);
+    gram_.get<double>(width_ * width_);  // also where none of its rows are made
     const int64_t num_left = height_ == first_ ? tiles::count(first_) : num_panels();
     const char* right = right_.data<char>();
     char* left = space.left.get<char>(kLeftPanels * stride);

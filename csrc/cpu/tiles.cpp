@@ -109,7 +109,7 @@ inline void transpose(const char* from, __m512i sign, char* to) {
 template <int parts>
 void pack(const Source& s, bool left, char* to, int64_t panel_stride) {
   alignas(64) char turned[parts * 2 * kHalfBytes];
-  const bool is_along = s.depth_stride == 1;
+  const bool is_along = s.depth_stride == 1 && !s.scale;
   for (int64_t v = 0; v < count(s.num_vectors) * kSide; v += kHalf) {
     char* tile = to + v / kSide * panel_stride + (v % kSide ? kHalfBytes : 0);
     for (int64_t k = 0; k < s.depth; k += kSide, tile += parts * 2 * kHalfBytes) {

@@ -1,0 +1,29 @@
+"""The three precisions of float32 products: what each keeps of a float32's digits, against float64."""
+
+import pytest
+import torch
+from conftest import TOL
+from test_regularizer import STATES, float32_errors, random_state
+
+import fasthyper as fh
+from fasthyper import ops
+
+HAS_TILE_UNITS = ops._has_tile_units(torch.empty(0))
+
+
+@pytest.mark.parametrize("step", [1, 1e-3, 1e-6])
+@pytest.mark.parametrize("name", STATES)
+def test_each_precision_keeps_its_digits(name, step):
+    state = random_state(name, step)
+    highest, high, medium = (float32_errors(*state, precision)[0] for precision in ops.PRECISIONS)
+    assert max(highest.values()) < TOL["drift", torch.float32]
+    if not HAS_TILE_UNITS:
+        assert highest == high == medium  # leave that is not taken
+        return
+    assert max(high.values()) < TOL["drift, high", torch.float32]
+    assert max(medium.values()) < TOL["drift, medium", torch.float32]
+    assert 10 * highest["gradient"] < high["gradient"] < medium["gradient"] / 10  # each is what it is called
+
+
+def test_what_is_bound_says_whether_there_are_tile_units():
+    assert ("bfloat16 tile units" in fh.backends()["cpu"]) == HAS_TILE_UNITS
