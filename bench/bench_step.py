@@ -1,10 +1,12 @@
 """The whole training step, look-ahead on, against the paper's loop and the other peers; parity before a time counts."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from fasthyper.bench.memory import peak_memory
-from fasthyper.bench.workloads import CASES
+from fasthyper.bench.workloads import CASES, WORKLOADS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -18,3 +20,10 @@ def bench_step(against, benchmark, workload, past):
         benchmark.extra_info["memory"] = {
             side: peak_memory(workload, past, "step", side, torch.get_num_threads()) for side in ("fasthyper", "hypnettorch")
         }
+
+
+@pytest.mark.parametrize("past", [10, 100])
+def bench_step_aligned(against, past):
+    flat = WORKLOADS["p100"]
+    aligned = dataclasses.replace(flat, name="p100-aligned", hnet=flat.hnet | {"layout": "aligned"})
+    against(flat, past, "step", ours=aligned)

@@ -19,6 +19,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
 README, DESIGN = ROOT / "README.md", ROOT / "DESIGN.md"
 PEER, OTHERS = "hypnettorch", ("eager", "compile")
+CEILING_TEXT = (
+    "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured in\n"
+    "the same run; below 1 where tile units or caches do better than those."
+)
 
 
 def main() -> int:
@@ -94,25 +98,38 @@ def table(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
     machine = measured["machine_info"]
     others = [name for name in OTHERS if any(name in row["peers"] for row in rows)]
     named = f"{PEER} {machine['hypnettorch']}"
-    heads = [("regularizer", PEER), ("whole step", PEER), *((f"whole step, {name}", name) for name in others)]
-    lines = [
-        "",
-        f"| workload | past tasks | {' | '.join(head for head, _ in heads)} |",
-        f"|---|---{'|---' * len(heads)}|",
-    ]
+    columns = [(what, peer) for what in ("regularizer", "step") for peer in (PEER, *others)]
+    columns = [(what, peer) for what, peer in columns if any("ratio" in entry for entry in of(rows, what, peer))]
+    ceilings = [what for what in ("regularizer", "step") if "ceiling" in machine]
+    heads = [f"{what}, {peer}" for what, peer in columns] + [f"{what} / ceiling" for what in ceilings]
+    lines = ["", f"| workload | past tasks | {' | '.join(heads)} |", f"|---|---{'|---' * len(heads)}|"]
     for workload, past in dict.fromkeys((row["workload"], row["past"]) for row in rows):
-        cells = [
-            cell(rows, "regularizer" if head == "regularizer" else "step", workload, past, peer) for head, peer in heads
-        ]
+        cells = [cell(rows, what, workload, past, peer) for what, peer in columns]
+        cells += [over_ceiling(rows, what, workload, past, machine["ceiling"]) for what in ceilings]
         lines.append(f"| `{workload}` | {past} | {' | '.join(cells)} |")
     lines += [
         "",
         f"Times of {' and '.join([named, *others])} over ours, medians (quartiles) of alternating runs:",
         f"{machine['machine']}, {machine['threads']} threads,",
         f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+        *([CEILING_TEXT] if ceilings else []),
         "",
     ]
     return "\n".join(lines)
+
+
+def of(rows: list[dict[str, Any]], what: str, peer: str) -> list[dict[str, Any]]:
+    """What is known of a peer, row by row."""
+    return [row["peers"].get(peer, {}) for row in rows if row["what"] == what]
+
+
+def over_ceiling(rows: list[dict[str, Any]], what: str, workload: str, past: int, rates: dict[str, Any]) -> str:
+    """Our time over the machine's for the counted work."""
+    found = [row for row in rows if (row["what"], row["workload"], row["past"]) == (what, workload, past) and "macs" in row]
+    if not found or rates is None:
+        return ""
+    ceiling = max(2 * found[0]["macs"] / rates["gemm"], found[0]["bytes"] / rates["copy"])
+    return f"{found[0]['ours']['median'] / ceiling:.2f}"
 
 
 def cell(rows: list[dict[str, Any]], what: str, workload: str, past: int, peer: str) -> str:

@@ -1,4 +1,4 @@
-// Products of float32 matrices on tile units for bfloat16 (AMX), at float32 precision (DESIGN 3).
+// Products of float32 matrices on tile units for bfloat16 (AMX), at float32 precision (DESIGN 5).
 //
 // A float32 is the sum of three bfloat16, x = x1 + x2 + x3, exactly; of the nine products the six that reach a float32's
 // last bit are made, the small ones first, and summed in float32. With two parts three products, with one part one.
