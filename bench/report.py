@@ -20,8 +20,8 @@ RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
 README, DESIGN = ROOT / "README.md", ROOT / "DESIGN.md"
 PEER, OTHERS = "hypnettorch", ("eager", "compile")
 CEILING_TEXT = (
-    "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured in\n"
-    "the same run; below 1 where tile units or caches do better than those."
+    "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured\n"
+    "in the same run; below 1 where tile units or caches do better than those."
 )
 
 
