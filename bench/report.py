@@ -26,8 +26,8 @@ CEILING_TEXT = (
 
 
 def main() -> int:
-    measured, commands, precision = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision")
+    measured, commands, precision, layouts = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision", "layouts")
     )
     entries = [entry["extra_info"] for entry in measured["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
@@ -38,7 +38,7 @@ def main() -> int:
             "times": times(commands),
             "table": table(rows, measured),
         },
-        DESIGN: {"precision": precision_table(precision)},
+        DESIGN: {"precision": precision_table(precision), "layouts": layouts_table(layouts)},
     }
     for path, contents in parts.items():
         found = wanted = path.read_text()
@@ -160,6 +160,25 @@ def precision_table(precision: dict[str, Any]) -> str:
         errors += [f"{row[precision]['gradient']:.0e}" for precision in ("high", "medium")]
         step = "" if row["step"] is None else f"{row['step']:.0e}"
         lines.append(f"| {row['state']} | {step} | {' | '.join(errors)} |")
+    return "\n".join([*lines, ""])
+
+
+def layouts_table(layouts: dict[str, Any]) -> str:
+    runs = layouts["runs"]
+    lines = ["", "| seed | flat: mean accuracy, largest drop | aligned |", "|---|---|---|"]
+    for seed in dict.fromkeys(run["seed"] for run in runs):
+        cells = [
+            f"{100 * run['scores']['acc']:.2f} %, {100 * run['scores']['largest_drop']:.2f} points"
+            for layout in ("flat", "aligned")
+            for run in runs
+            if (run["seed"], run["layout"]) == (seed, layout)
+        ]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    means = [
+        sum(run["scores"]["acc"] for run in runs if run["layout"] == layout) / (len(runs) / 2)
+        for layout in ("flat", "aligned")
+    ]
+    lines.append(f"| mean | {' | '.join(f'{100 * mean:.2f} %' for mean in means)} |")
     return "\n".join([*lines, ""])
 
 
