@@ -36,16 +36,22 @@ FASTHYPER_VECTOR_CLONES void add_drift(int64_t num_rows, int64_t width, scalar_t
     for (int64_t j = 0; j < width; ++j) x[j] += x[width + j];
 }
 
+// Each row of ``from`` plus one row
 template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void sum_of(int64_t size, const scalar_t* __restrict__ a, const scalar_t* __restrict__ b,
-                                    scalar_t* __restrict__ to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = a[i] + b[i];
+FASTHYPER_VECTOR_CLONES void plus_row(int64_t num_rows, int64_t width, const scalar_t* __restrict__ from,
+                                      const scalar_t* __restrict__ row, scalar_t* __restrict__ to) {
+  for (int64_t i = 0; i < num_rows; ++i, from += width, to += width)
+    for (int64_t j = 0; j < width; ++j) to[j] = from[j] + row[j];
 }
 
+// Adds the sum of the rows, four at a time: each pass waits for the one before
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES void add_rows(int64_t num_rows, int64_t width, const scalar_t* __restrict__ from,
                                       scalar_t* __restrict__ to) {
-  for (int64_t i = 0; i < num_rows; ++i, from += width)
+  int64_t i = 0;
+  for (; i + 4 <= num_rows; i += 4, from += 4 * width)
+    for (int64_t j = 0; j < width; ++j) to[j] += (from[j] + from[width + j]) + (from[2 * width + j] + from[3 * width + j]);
+  for (; i < num_rows; ++i, from += width)
     for (int64_t j = 0; j < width; ++j) to[j] += from[j];
 }
 
@@ -155,10 +161,10 @@ class HypernetDrift {
         const int64_t width_in = layers_[l - 1].width;
         const Matrix<scalar_t> x_in = tile_of(worker.x[l - 1], length, 2 * width_in + 1);
         if (!layer.a0) layer.by_step0.multiply_into(x_in.cols(width_in, width_in + 1), worker.drift.space, a0_out);
-        if (activation_ == Activation::kRelu) {  // in cache, block by block
+        if (fused<scalar_t>(activation_)) {  // in cache, block by block
           layer.by_step.multiply(x_in, worker.drift.space,
                                  [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                                   relu_block(layer.width, i, j, m, n, block, stride, a0, x, slope);
+                                   fused_block(layer.width, i, j, m, n, block, stride, a0, x, slope);
                                  });
           continue;
         }
@@ -168,19 +174,19 @@ class HypernetDrift {
     }
   }
 
-  static void relu_block(int64_t width, int64_t i, int64_t j, int64_t num_rows, int64_t num_cols, const scalar_t* da,
-                         int64_t da_stride, const scalar_t* a0, scalar_t* x, scalar_t* slope) {
+  void fused_block(int64_t width, int64_t i, int64_t j, int64_t num_rows, int64_t num_cols, const scalar_t* da,
+                   int64_t da_stride, const scalar_t* a0, scalar_t* x, scalar_t* slope) const {
     const int64_t stride = 2 * width + 1, at = i * width + j;
     x += i * stride;
     if (j == 0)
       for (int64_t r = 0; r < num_rows; ++r) x[r * stride + 2 * width] = 1;
-    relu_drift<scalar_t>({num_rows, num_cols, stride, da_stride, width}, a0 + at, da, x + width + j, x + j, slope + at);
+    fused_drift(activation_, {num_rows, num_cols, stride, da_stride, width}, a0 + at, da, x + width + j, x + j, slope + at);
   }
 
   void first_layer(const Tensor& from_task, const Tensor& from_chunk, int64_t first, Matrix<scalar_t> to) const {
-    for_rows(first, to.num_rows, [&](int64_t i, int64_t task, int64_t chunk) {
-      sum_of(to.num_cols, const_data<scalar_t>(from_task) + task * to.num_cols,
-             const_data<scalar_t>(from_chunk) + chunk * to.num_cols, to.data + i * to.num_cols);
+    for_tasks(first, to.num_rows, [&](int64_t i, int64_t count, int64_t task, int64_t chunk) {
+      plus_row(count, to.num_cols, const_data<scalar_t>(from_chunk) + chunk * to.num_cols,
+               const_data<scalar_t>(from_task) + task * to.num_cols, to.data + i * to.num_cols);
     });
   }
 
@@ -214,9 +220,9 @@ class HypernetDrift {
     }
     const int64_t width = layers_[0].width;
     const scalar_t* grad = const_data<scalar_t>(worker.grad);
-    for_rows(first, length, [&](int64_t i, int64_t task, int64_t chunk) {
-      add(width, grad + i * width, data<scalar_t>(worker.grad_task) + task * width);
-      add(width, grad + i * width, data<scalar_t>(worker.grad_chunk) + chunk * width);
+    for_tasks(first, length, [&](int64_t i, int64_t count, int64_t task, int64_t chunk) {
+      add_rows(count, width, grad + i * width, data<scalar_t>(worker.grad_task) + task * width);
+      add(count * width, grad + i * width, data<scalar_t>(worker.grad_chunk) + chunk * width);
     });
   }
 
@@ -310,12 +316,14 @@ class HypernetDrift {
     return x;
   }
 
+  // body(i, count, task, chunk) for each task's ``count`` rows of a tile, from the tile's row i, the task's chunk ``chunk``,
+  // on
   template <typename Body>
-  void for_rows(int64_t first, int64_t length, const Body& body) const {
+  void for_tasks(int64_t first, int64_t length, const Body& body) const {
     int64_t task = first / num_chunks_, chunk = first % num_chunks_;
-    for (int64_t i = 0; i < length; ++i) {
-      body(i, task, chunk);
-      if (++chunk == num_chunks_) chunk = 0, ++task;
+    for (int64_t i = 0, count; i < length; i += count, chunk = 0, ++task) {
+      count = std::min(num_chunks_ - chunk, length - i);
+      body(i, count, task, chunk);
     }
   }
 
