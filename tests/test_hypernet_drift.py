@@ -102,6 +102,22 @@ def test_hypernet_drift_keeps_its_digits_at_small_steps(implementation, activati
     assert oracle.relative_error(grad_embeddings, want_grads[-1]) < 3e-6
 
 
+@pytest.mark.parametrize("step", [4, 1, 1e-3, 1e-6])
+@pytest.mark.parametrize("hidden", [(25, 25), (16, 7), (50, 33)], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["", "pre0"])
+def test_hypernet_drift_of_elu_in_float32(implementation, hidden, step, given):
+    """Rows of several vectors and of less than one; pre-activations far below 0 and above, crossing either way."""
+    shape = (3, 500, 50, 3, 2, hidden)
+    args = arguments(shape, ACTIVATIONS["elu"], torch.float32, step)
+    args["pre0"] = args["pre0"] if given else []
+    weight, width = torch.ones(shape[0]), args["theta"][-1].shape[1]
+    gram0 = torch.empty(0, width, width, dtype=torch.float64)
+    value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, gram0))
+    want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["elu"], args, weight)
+    for have, want in zip([value, *grad_theta, grad_embeddings], [want_value, *want_grads], strict=True):
+        assert oracle.relative_error(have, want) < 3e-6
+
+
 @pytest.mark.parametrize("name", ["two-layers", "linear", "full"])
 def test_hypernet_drift_gradcheck(name):
     args = arguments(SHAPES[name], ACTIVATIONS["elu"])

@@ -89,7 +89,7 @@ inline __attribute__((always_inline)) void elu_drift(float a0, float da, float& 
   const float exp0 = then.exp(), drift = exp0 * exp_of(d_below).expm1();
   x0 = above + then.expm1();
   dx = d_above + drift;
-  slope = exp0 + drift;  // e^min(a0 + da, 0): above 0, too
+  slope = select(d_above > -above, 1, exp0 + drift);
 }
 
 // A row goes in blocks of one vector or a few; the last block begins early enough to be full, and sets some of it again
