@@ -293,7 +293,7 @@ def hyper_linear_bwd(
 
 
 def _with_ones(h_NH: Tensor) -> Tensor:
-    return torch.cat([h_NH, torch.ones_like(h_NH[:, :1])], 1)
+    return torch.cat([h_NH, h_NH.new_ones(len(h_NH), 1)], 1)
 
 
 def adam_delta_fwd(

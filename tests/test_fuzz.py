@@ -30,8 +30,9 @@ KEPT = {"gram0", "step", "steps"}  # never cast to the dtype under test
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-5}  # error, over what the terms would sum to if none cancelled
 GUARD = 8  # elements of canary on either side
 small = st.integers(0, 5)
-tall = st.one_of(small, small, small, st.sampled_from([33, 1030]))  # the last is beyond one tile of rows or columns
-wide = st.one_of(small, small, small, st.sampled_from([17, 90]))  # the last is beyond one block of a symmetric product
+tall = st.one_of(small, small, small, st.sampled_from([33, 130, 1030]))  # then more than one tile
+narrow = st.sampled_from([7, 16, 24, 25, 27, 31])  # pairs of as many columns fill vector registers, or nearly
+wide = st.one_of(small, small, small, narrow, st.sampled_from([17, 90]))  # more than a block of a symmetric product
 
 
 class Call(NamedTuple):
@@ -237,16 +238,61 @@ def hypernet_drift_value_and_grad(draw: Draw) -> Call:
     return hypernet_drift(draw, ops.hypernet_drift_value_and_grad)
 
 
-def generate(draw: Draw) -> Call:
-    chunks, chunk_size, width = draw(tall), draw(tall.filter(bool)), draw(wide)
+def draw_sides(draw: Draw, count: int) -> list[int]:
+    """1 or more each; at times all wide enough for tile units."""
+    side = st.sampled_from([64, 65, 90]) if draw(small) == 5 else wide.filter(bool)
+    return [draw(side) for _ in range(count)]
+
+
+def draw_shapes(draw: Draw, chunks: int, chunk_size: int) -> list[tuple[int, ...]]:
+    """Of weights that need exactly these chunks, the last one often cut short."""
     total = draw(st.integers((chunks - 1) * chunk_size + 1, chunks * chunk_size)) if chunks else 0
     cuts = sorted(draw(st.lists(st.integers(0, total), max_size=3)))
     shapes = [draw(st.sampled_from([(n,), (1, n), (n, 1)])) for n in (b - a for a, b in pairwise([0, *cuts, total]))]
-    shapes = [() if math.prod(shape) == 1 else shape for shape in shapes]
-    tensors = {"h": values(draw, chunks, width), "basis": values(draw, chunk_size, width + 1)}
+    return [() if math.prod(shape) == 1 else shape for shape in shapes]
 
-    call = Call(tensors, lambda t: list(ops.generate(**t, shapes=shapes)), ("h", "basis"))
+
+def products(tensors: Tensors, run: Callable[[Tensors], list[Tensor]], differentiable: tuple[str, ...]) -> Call:
+    """A call that only adds and multiplies."""
+    call = Call(tensors, run, differentiable)
     return call._replace(magnitudes=call._replace(tensors={name: t.abs() for name, t in tensors.items()}))
+
+
+def generate(draw: Draw) -> Call:
+    chunks, chunk_size, width = draw(tall), draw(tall.filter(bool)), draw(wide)
+    shapes = draw_shapes(draw, chunks, chunk_size)
+    tensors = {"h": values(draw, chunks, width), "basis": values(draw, chunk_size, width + 1)}
+    return products(tensors, lambda t: list(ops.generate(**t, shapes=shapes)), ("h", "basis"))
+
+
+def generate_blocks(draw: Draw) -> Call:
+    """Blocks that overlap, meet, hold no chunks, or leave some of the grid out."""
+    chunks, chunk_size, width = draw_sides(draw, 3)
+    blocks = []
+    for _ in range(draw(st.integers(1, 3))):
+        rows = sorted((draw(st.integers(0, chunks)), draw(st.integers(0, chunks))))
+        start = draw(st.integers(0, chunk_size - 1))
+        cols = start, draw(st.integers(start + 1, chunk_size))
+        if draw(st.booleans()):
+            rows, cols = [0, chunks], (0, chunk_size)
+        blocks.append(((rows[0], rows[1]), cols, draw_shapes(draw, rows[1] - rows[0], cols[1] - cols[0])))
+    tensors = {"h": values(draw, chunks, width), "basis": values(draw, chunk_size, width + 1)}
+    return products(tensors, lambda t: list(ops.generate_blocks(**t, blocks=blocks)), ("h", "basis"))
+
+
+def hyper_linear(draw: Draw) -> Call:
+    batch, num_inputs, chunks, width = draw_sides(draw, 4)
+    batch, width = (0 if draw(small) == 5 else n for n in (batch, width))
+    rows = draw(st.integers(1, 5))
+    order = {"rows": rows, "num_outputs": draw(st.integers((chunks - 1) * rows + 1, chunks * rows))}
+    order["factorised"] = draw(st.booleans())
+    tensors = {
+        "x": values(draw, batch, num_inputs),
+        "h": values(draw, chunks, width),
+        "basis": values(draw, rows * num_inputs + draw(small), width + 1),
+    }
+    needed = ("x", "h", "basis") if draw(st.booleans()) else ("h", "basis")
+    return products(tensors, lambda t: [ops.hyper_linear(**t, **order)], needed)
 
 
 def adam_delta(draw: Draw) -> Call:
@@ -303,7 +349,7 @@ def adam_step_(draw: Draw) -> Call:
 ADAM_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 CALLS = (
     *(output_drift, hypernet_drift, hypernet_drift_value_and_grad, target_drift),
-    *(generate, adam_delta, adam_ahead, adam_step_),
+    *(generate, generate_blocks, hyper_linear, adam_delta, adam_ahead, adam_step_),
 )
 every_op = pytest.mark.parametrize("draw_call", CALLS, ids=lambda call: call.__name__)
 
@@ -409,7 +455,7 @@ def test_fuzz_refuses_wrong_shapes_and_dtypes(draw_call, data):
         hypothesis.assume(name not in ("targets[0]", "importance[0]") or f"{stem(name)}[1]" in laid)  # [1, P] will do
         tensor = tensor[None]
     else:
-        hypothesis.assume(stem(name) not in ("targets", "importance"))  # which may be longer
+        hypothesis.assume(stem(name) not in ("targets", "importance", "x"))  # which may be longer
         tensor = torch.cat([tensor, tensor.new_zeros((*tensor.shape[:-1], 1))], -1)
     with pytest.raises(TypeError if wrong == "dtype" else ValueError, match=r"^\w+: .*\bmust\b|^\w+: .* is |^\w+: .* need "):
         call.run(laid | {name: tensor})
