@@ -25,7 +25,7 @@ class OutputRegularizer:
         precision: of products of float32 matrices in the drift, ``"highest"``, ``"high"`` or ``"medium"``; see
             ``ops.output_drift``.
         memory_budget: bytes that a snapshot may take for pre-activations of the trunk. Those of T tasks are stored where
-            they fit; else they are made again in each step, a tenth slower, and all that grows with T are embeddings.
+            they fit; else they are made again in each step, and all that grows with T are embeddings.
 
     Raises:
         ValueError: unknown ``form`` or ``precision``, or a negative budget.

@@ -333,7 +333,7 @@ class Drift {
       scalar_t* to_basis = data<scalar_t>(worker.grad_basis) + lo * with_bias;
       worker.ha_factor.multiply(d.transposed(), worker.space,
                                 [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                                  add_block(m, n, block, stride, to_basis + i * with_bias + j, with_bias);
+                                  put_block<true>(m, n, block, stride, to_basis + i * with_bias + j, with_bias);
                                 });
     }
   }
@@ -356,6 +356,7 @@ class Drift {
   // Local numbers of the tile's rows that lie in the rectangle
   int64_t pick(const Rectangle& r, int64_t first, int64_t length, int64_t* picked) const {
     int64_t count = 0, task = first / num_chunks_, chunk = first % num_chunks_;
+    if (r.task_hi <= task || (first + length - 1) / num_chunks_ < r.task_lo) return 0;  // of many heads most are elsewhere
     for (int64_t i = 0; i < length; ++i) {
       if (r.task_lo <= task && task < r.task_hi && r.chunk_lo <= chunk && chunk < r.chunk_hi) picked[count++] = i;
       if (++chunk == num_chunks_) chunk = 0, ++task;

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
       scalar_t* sum = data<scalar_t>(worker.sum);
       worker.by_basis.multiply(grad, worker.space,
                                [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                                 add_block(m, n, block, stride, sum + i * (width + 1) + j, width + 1);
+                                 put_block<true>(m, n, block, stride, sum + i * (width + 1) + j, width + 1);
                                });
       by_ha.multiply_into(grad.transposed(), worker.space,
                           dense(data<scalar_t>(grad_basis), chunk_size, width + 1).rows(first, length));

@@ -210,7 +210,7 @@ class HypernetDrift {
       scalar_t* grad_weight = data<scalar_t>(worker.grad_weight[l]);
       worker.by_x.multiply(grad.transposed(), worker.drift.space,
                            [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                             add_block(m, n, block, stride, grad_weight + i * width_in + j, width_in);
+                             put_block<true>(m, n, block, stride, grad_weight + i * width_in + j, width_in);
                            });
       scalar_t* grad_in = data<scalar_t>(worker.grad_in);
       const scalar_t* slope = const_data<scalar_t>(worker.slope[l - 1]);

@@ -79,32 +79,12 @@ struct Workspace {
   alignas(64) float block[tiles::kSide * tiles::kSide];
 };
 
-template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void store_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
-                                         int64_t stride, scalar_t* __restrict__ to, int64_t to_stride) {
+// A block to its place, in the type that is kept there; adds: onto what is there
+template <bool adds, typename from_t, typename to_t>
+FASTHYPER_VECTOR_CLONES void put_block(int64_t num_rows, int64_t num_cols, const from_t* __restrict__ block, int64_t stride,
+                                       to_t* __restrict__ to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
-    for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
-}
-
-template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void add_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
-                                       int64_t stride, scalar_t* __restrict__ to, int64_t to_stride) {
-  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
-    for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
-}
-
-template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void sum_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
-                                       int64_t stride, double* __restrict__ to, int64_t to_stride) {
-  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
-    for (int64_t j = 0; j < num_cols; ++j) to[j] += block[j];
-}
-
-template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void set_block(int64_t num_rows, int64_t num_cols, const scalar_t* __restrict__ block,
-                                       int64_t stride, double* __restrict__ to, int64_t to_stride) {
-  for (int64_t i = 0; i < num_rows; ++i, block += stride, to += to_stride)
-    for (int64_t j = 0; j < num_cols; ++j) to[j] = block[j];
+    for (int64_t j = 0; j < num_cols; ++j) to[j] = (adds ? to[j] : to_t(0)) + block[j];
 }
 
 template <typename T>
@@ -144,11 +124,10 @@ class RightFactor {
   void pack(Matrix<const scalar_t> b, int64_t split = 0) {
     b_ = b;
     is_narrow_ = false;
-    if constexpr (std::is_same_v<scalar_t, float>)
+    if constexpr (std::is_same_v<scalar_t, float>) {
       if (split > 0 && b.num_rows <= narrow::kWidest && b.num_cols <= narrow::kColumns && narrow::available())
         return pack_narrow(b);
-    if (parts_ == 0) return;
-    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (parts_ == 0) return;
       depth_ = padded(split) + b.num_rows - split;
       const Matrix<const float> rest = b.rows(split, b.num_rows - split);
       char* to = memory_.get<char>(tiles::count(b.num_cols) * panel());
@@ -186,8 +165,6 @@ class RightFactor {
         narrow::multiply(as_rows(a), memory_.data<float>(), b_.num_cols, product, b_.num_cols);
         return result(0, 0, a.num_rows, b_.num_cols, product, b_.num_cols);
       }
-    }
-    if constexpr (std::is_same_v<scalar_t, float>)
       if (parts_)
         return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
           const Pair<float> some = a.rows(start, length);
@@ -195,6 +172,7 @@ class RightFactor {
           tiles::pack_left({some.second, a.stride, 1, length, a.second_cols, some.minus, -1}, parts_,
                            left + part_bytes(a.first_cols), panel());
         });
+    }
     by_aten(as_matrix(a, space.pair), space, result);
   }
 
@@ -205,7 +183,7 @@ class RightFactor {
     if constexpr (!std::is_same_v<Left, Pair<scalar_t>>)
       if (parts_ == 0) return mm_out(as_tensor(out), as_tensor(a), as_tensor(b_));
     multiply(a, space, [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-      store_block(m, n, block, stride, out.data + i * out.row_stride + j, out.row_stride);
+      put_block<false>(m, n, block, stride, out.data + i * out.row_stride + j, out.row_stride);
     });
   }
 
@@ -388,7 +366,8 @@ class GramSum {
 
   void put(int64_t num_rows, int64_t num_cols, const scalar_t* block, int64_t stride, int64_t row, int64_t col) {
     double* to = gram_.get<double>(width_ * width_) + row * width_ + col;
-    (is_set_ ? sum_block<scalar_t> : set_block<scalar_t>)(num_rows, num_cols, block, stride, to, width_);
+    (is_set_ ? put_block<true, scalar_t, double> : put_block<false, scalar_t, double>)(num_rows, num_cols, block, stride, to,
+                                                                                       width_);
   }
 
   int64_t num_panels() const { return tiles::count(first_) + tiles::count(width_ - first_); }

@@ -88,11 +88,6 @@ FASTHYPER_VECTOR_CLONES void scale(int64_t size, scalar_t factor, const scalar_t
   for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
 }
 
-template <typename scalar_t>
-FASTHYPER_VECTOR_CLONES void multiply(int64_t size, const scalar_t* __restrict__ from, scalar_t* __restrict__ to) {
-  for (int64_t i = 0; i < size; ++i) to[i] *= from[i];
-}
-
 // Runs body(worker, start, length) over tiles of [0, length), each thread with a worker of its own; returns the workers.
 // Tiles go to threads in contiguous runs, so that a run repeats bit for bit at a given number of threads.
 template <typename Worker, typename Make, typename Body>

@@ -15,7 +15,7 @@ from fasthyper.bench.workloads import Workload
 # host time, in small calls under autograd: of the regularizer; of a step and per tensor of the target; of an old task in the
 # loop and per tensor: there 75 + 13 calls were counted, and the Python around one takes five times as long as the call
 DRIFT_CALLS, STEP_CALLS, LOOP_CALLS = 300, (600, 50), (5 * 75, 5 * 13)
-ROW_TILE, COLUMN_TILE = 1024, 4096  # of the C++ kernels
+ROW_TILE, COLUMN_TILE = 1024, 4096  # of the C++ kernels at their largest
 
 
 class Predictor:
