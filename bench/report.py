@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fasthyper.bench.costs import Work
 from fasthyper.bench.figure import times_figure
+from fasthyper.bench.machine import Machine
 from fasthyper.metrics import Results
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +130,7 @@ def over_ceiling(rows: list[dict[str, Any]], what: str, workload: str, past: int
     found = [row for row in rows if (row["what"], row["workload"], row["past"]) == (what, workload, past) and "macs" in row]
     if not found or rates is None:
         return ""
-    ceiling = max(2 * found[0]["macs"] / rates["gemm"], found[0]["bytes"] / rates["copy"])
+    ceiling = Machine(rates["gemm"], rates["copy"]).ceiling_seconds(Work(found[0]["macs"], found[0]["bytes"]))
     return f"{found[0]['ours']['median'] / ceiling:.2f}"
 
 

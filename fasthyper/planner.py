@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasthyper.layout import Layout, Rectangle
 
+MEMORY_BUDGET = 1 << 28  # bytes of pre-activations that a snapshot stores, unless told otherwise
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
 

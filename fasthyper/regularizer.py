@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasthyper import ops, reference
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.planner import drift_plan, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
 from fasthyper.trunk import run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
@@ -38,7 +38,7 @@ class OutputRegularizer:
     """
 
     def __init__(
-        self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int = 1 << 28
+        self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int = MEMORY_BUDGET
     ):
         if precision not in ops.PRECISIONS or memory_budget < 0:
             known = ", ".join(ops.PRECISIONS)

@@ -173,7 +173,7 @@ def test_drift_work_counts_every_multiply_add(workload, past, form, monkeypatch)
     from fasthyper.bench import costs
     from fasthyper.planner import drift_plan
 
-    monkeypatch.setattr(costs, "drift_plan", lambda layout, tasks, width: drift_plan(layout, tasks, width, form))
+    monkeypatch.setattr(costs, "drift_plan", lambda *a, trunk: drift_plan(*a, form, trunk=trunk))
     shapes = Shapes.of(workload)
     assert drift_work(shapes, past).macs == sum(1 for _ in multiply_adds(shapes, past, form))
 
@@ -199,7 +199,11 @@ def multiply_adds(shapes, past, form):
                 yield from range(width)  # d/dH
                 yield from range(width + 1)  # d/dV
         return
-    for _ in range(past * num_chunks):
+    for count, size in ((past, shapes.task_dim), (num_chunks, shapes.chunk_dim)) if not shapes.hidden else ():
+        for _ in range(count * (2 * size + 1)):
+            yield from range(2 * size + 1)  # [x | 1]'[x | 1], x = [dx | x0]
+            yield from range(size)  # the gradient
+    for _ in range(past * num_chunks if shapes.hidden else 0):
         for i in range(width):
             yield from range(i, full)  # dH'W [dH | H* | 1], at and above the diagonal
         yield from range(full * width)  # WX (Y'V_H)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasthyper.bench.workloads import Workload
 from fasthyper.layout import Layout
-from fasthyper.planner import drift_plan
+from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
 
 FLOAT = 4  # bytes
 
@@ -93,7 +93,7 @@ def drift_work(shapes: Shapes, past: int) -> Work:
     Rows: through each layer after the first, ``[dx | x0 | 1]`` forward and two products backward; the first has T + N rows
     instead of T N. Then dH'W[dH | H* | 1] above the diagonal, and 2 WX (Y'V_H). Columns: Y'Y, and 2 Y (X'W [H | 1]). Bytes:
     the basis and its snapshot are read by both passes over the columns, its gradient is written, what is stored of the
-    snapshot is read.
+    snapshot is read. Without a trunk tasks and chunks are counted, not their pairs: moments of each, and its gradient.
     """
     rows = past * shapes.num_chunks
     width, full = shapes.width, 2 * shapes.width + 1
@@ -102,19 +102,30 @@ def drift_work(shapes: Shapes, past: int) -> Work:
         first, *_ = shapes.hidden
         for count, size in ((past, shapes.task_dim), (shapes.num_chunks, shapes.chunk_dim)):
             macs += count * first * (2 * size + 2 * size)  # forward of dx and x0, gradients of weight and embedding
-        macs += rows * sum((2 * i + 1) * o + 2 * i * o for i, o in pairwise(shapes.hidden))
-    gram_columns = set()
-    plan = drift_plan(shapes.layout, range(past), width).tolist()
+        again = 0 if kept(shapes, past) or not past else 1  # the snapshot's product, where it is not stored
+        macs += rows * sum(((2 + again) * i + 1) * o + 2 * i * o for i, o in pairwise(shapes.hidden))
+    gram_columns, runs = set(), set()  # a run of tasks or chunks is counted once, however many rectangles it is in
+    plan = drift_plan(shapes.layout, range(past), width, trunk=bool(shapes.hidden)).tolist()
     for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, direct in plan:
-        num_rows = ((past if task_hi < 0 else task_hi) - task_lo) * (chunk_hi - chunk_lo)
+        num_tasks, num_chunks = (past if task_hi < 0 else task_hi) - task_lo, chunk_hi - chunk_lo
+        num_rows = num_tasks * num_chunks
         if direct:
             macs += num_rows * (col_hi - col_lo) * (full + width + width + 1)
+            continue
+        gram_columns.add((col_lo, col_hi))
+        if not shapes.hidden:
+            runs |= {("tasks", task_lo, num_tasks, shapes.task_dim), ("chunks", chunk_lo, num_chunks, shapes.chunk_dim)}
         else:
             macs += num_rows * (width * (width + 1) // 2 + width * (width + 1) + full * width)
-            gram_columns.add((col_lo, col_hi))
+    macs += sum(count * (2 * size + 1) * (3 * size + 1) for *_, count, size in runs)
     macs += _covered(gram_columns) * (full * (full + 1) // 2 + full * (width + 1))
-    stored = rows * sum(shapes.hidden)
-    return Work(macs, FLOAT * (5 * shapes.chunk_size * (width + 1) + stored))
+    return Work(macs, FLOAT * 5 * shapes.chunk_size * (width + 1) + kept(shapes, past))
+
+
+def kept(shapes: Shapes, past: int) -> int:
+    """Bytes of pre-activations that a snapshot stores; 0 where they exceed its budget."""
+    needed = snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT)
+    return needed if needed <= MEMORY_BUDGET else 0
 
 
 def task_work(shapes: Shapes) -> Work:

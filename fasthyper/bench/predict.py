@@ -11,6 +11,7 @@ import torch
 from fasthyper.bench import machine
 from fasthyper.bench.costs import FLOAT, Shapes, Work, drift_work, loop_work, task_work
 from fasthyper.bench.workloads import Workload
+from fasthyper.planner import MEMORY_BUDGET, snapshot_bytes
 
 # host time, in small calls under autograd: of the regularizer; of a step and per tensor of the target; of an old task in the
 # loop and per tensor: there 75 + 13 calls were counted, and the Python around one takes five times as long as the call
@@ -45,11 +46,12 @@ class Predictor:
         one task under way takes some tensors of the size of its weights and of theta.
         """
         shapes, full = self.shapes, 2 * self.shapes.width + 1
-        features = past * shapes.num_chunks * sum(shapes.hidden)
         if side == "hypnettorch":
+            features = past * shapes.num_chunks * sum(shapes.hidden)
             return FLOAT * (2 * past * shapes.num_weights + 2 * features + 4 * shapes.num_weights + 6 * shapes.num_theta)
         tiles = 2 * COLUMN_TILE * full + ROW_TILE * (3 * full + sum(2 * width + 1 for width in shapes.hidden)) + 8 * full**2
-        return FLOAT * (features + 3 * shapes.num_theta + torch.get_num_threads() * tiles)
+        stored = min(snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT), MEMORY_BUDGET)  # at most
+        return stored + FLOAT * (3 * shapes.num_theta + torch.get_num_threads() * tiles)
 
     @cached_property
     def chunk_rate(self) -> float:
