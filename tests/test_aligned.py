@@ -147,7 +147,11 @@ def test_row_of_a_chunk_is_its_part_of_the_basis_times_its_features(chunk_size):
 def test_weights_of_linear_layers_are_never_generated_in_a_forward_pass(monkeypatch):
     hnet, made = make(fh.nets.MLP(60, (90, 80), 40), chunk_size=500), []
     generate = ops.generate_blocks
-    record = lambda h, basis, blocks: made.extend(s for b in blocks for s in b[2]) or generate(h, basis, blocks)  # noqa: E731
+
+    def record(h, basis, blocks):
+        made.extend(shape for *_, shapes in blocks for shape in shapes)
+        return generate(h, basis, blocks)
+
     monkeypatch.setattr(ops, "generate_blocks", record)
     hnet(torch.randn(5, 60, dtype=torch.float64), 0)
     assert 0 < sum(shape.numel() for shape in made) < 500 * 4 < hnet.target.num_weights / 5

@@ -72,7 +72,10 @@ def test_generate_blocks_are_what_each_makes_alone():
     found = ops.generate_blocks(h, basis, blocks)
     alone = [ops.generate(h[slice(*n)], basis[slice(*s)], shapes) for n, s, shapes in blocks]
     wanted = [part for parts in alone for part in parts]
-    loss = lambda parts: sum((part**2).sum() for part in (parts[0], *parts[2:]))  # noqa: E731
+
+    def loss(parts):
+        return sum((part**2).sum() for part in (parts[0], *parts[2:]))
+
     grads, wanted_grads = (torch.autograd.grad(loss(parts), [h, basis]) for parts in (found, wanted))
     for have, want in zip([*found, *grads], [*wanted, *wanted_grads], strict=True):
         assert have.shape == want.shape and oracle.relative_error(have.detach(), want.detach()) < 1e-12

@@ -165,7 +165,10 @@ def test_planner_counts_the_products_of_either_order():
     b, i, r, n, k = 3, 5, 4, 2, 7
     w, u = (n, r * i, k), (b, r * k, i)  # W = Ha V', u = x V: outputs' sizes and what is summed over
     y = (b, n * r, i)
-    count = lambda *products: sum(m * n * k for m, n, k in products)  # noqa: E731
+
+    def count(*products):
+        return sum(m * n * k for m, n, k in products)
+
     generated, factorised = linear_costs(b, i, r, n, k)
     assert generated == (count(w, y), count((n * r, i, b), (n, k, r * i), (r * i, k, n)), count(w, (b, i, n * r)))
     outer = (b * r, k, n)

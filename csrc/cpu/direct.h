@@ -46,27 +46,6 @@ std::vector<Cells<scalar_t>> read_cells(const char* name, const std::vector<Tens
   return cells;
 }
 
-// d = 2 w f d, returning sum w f d^2; f is 1 where has_importance is false
-template <bool has_importance, typename scalar_t>
-FASTHYPER_VECTOR_CLONES double weigh_residual(int64_t size, scalar_t w, const scalar_t* __restrict__ f,
-                                              scalar_t* __restrict__ d) {
-  constexpr int64_t kLanes = 8;  // a fixed order, whatever the vector width
-  double sum[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0};
-  int64_t j = 0;
-  for (; j + kLanes <= size; j += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) {
-      const scalar_t fd = has_importance ? f[j + k] * d[j + k] : d[j + k];
-      sum[k] += double(fd) * d[j + k];
-      d[j + k] = 2 * w * fd;
-    }
-  for (; j < size; ++j) {
-    const scalar_t fd = has_importance ? f[j] * d[j] : d[j];
-    sum[0] += double(fd) * d[j];
-    d[j] = 2 * w * fd;
-  }
-  return double(w) * (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
-}
-
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES void subtract(int64_t size, const scalar_t* __restrict__ from, scalar_t* __restrict__ to) {
   for (int64_t i = 0; i < size; ++i) to[i] -= from[i];
@@ -192,14 +171,9 @@ class DirectDrift {
   }
 
   Tensor pack_columns(const Worker& worker, int64_t lo, int64_t length) const {  // [V_H | dV]
-    const int64_t with_bias = width_ + 1;
-    const scalar_t *now = const_data<scalar_t>(basis_) + lo * with_bias,
-                   *then = const_data<scalar_t>(basis0_) + lo * with_bias;
-    scalar_t* y = data<scalar_t>(worker.y);
-    for (int64_t i = 0; i < length; ++i, y += depth_, now += with_bias, then += with_bias) {
-      std::copy_n(now, width_, y);
-      for (int64_t j = 0; j < with_bias; ++j) y[width_ + j] = now[j] - then[j];
-    }
+    const scalar_t* now = const_data<scalar_t>(basis_) + lo * (width_ + 1);
+    const scalar_t* then = const_data<scalar_t>(basis0_) + lo * (width_ + 1);
+    write_pair<scalar_t>({now, now, then, length, width_, width_ + 1, width_ + 1}, data<scalar_t>(worker.y));
     return rows(worker.y, 0, length);
   }
 

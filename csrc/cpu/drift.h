@@ -59,6 +59,27 @@ FASTHYPER_VECTOR_CLONES void put_weighed(int64_t num_rows, int64_t num_cols, con
   }
 }
 
+// d = 2 w f d, returning sum w f d^2; f is 1 where has_importance is false
+template <bool has_importance, typename scalar_t>
+FASTHYPER_VECTOR_CLONES double weigh_residual(int64_t size, scalar_t w, const scalar_t* __restrict__ f,
+                                              scalar_t* __restrict__ d) {
+  constexpr int64_t kLanes = 8;  // a fixed order, whatever the vector width
+  double sum[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t j = 0;
+  for (; j + kLanes <= size; j += kLanes)
+    for (int64_t k = 0; k < kLanes; ++k) {
+      const scalar_t fd = has_importance ? f[j + k] * d[j + k] : d[j + k];
+      sum[k] += double(fd) * d[j + k];
+      d[j + k] = 2 * w * fd;
+    }
+  for (; j < size; ++j) {
+    const scalar_t fd = has_importance ? f[j] * d[j] : d[j];
+    sum[0] += double(fd) * d[j];
+    d[j] = 2 * w * fd;
+  }
+  return double(w) * (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
+}
+
 template <typename scalar_t>
 class Drift {
  public:
@@ -317,12 +338,8 @@ class Drift {
       worker.y_factor.pack(y.transposed());
       worker.y_factor.multiply_into(as_matrix(x, worker.space.pair), worker.space, d);
       for (int64_t i = 0; i < count; ++i) {
-        scalar_t* residual = d.data + i * num_cols;
         const scalar_t w = task_weight(first + worker.picked[i]);
-        double square = 0;
-        for (int64_t j = 0; j < num_cols; ++j) square += double(residual[j]) * residual[j];
-        for (int64_t j = 0; j < num_cols; ++j) residual[j] *= 2 * w;
-        worker.direct_value += double(w) * square;
+        worker.direct_value += weigh_residual<false, scalar_t>(num_cols, w, nullptr, d.data + i * num_cols);
         worker.weight[i] = 1;  // the residual has it
       }
       worker.y_factor.pack(y.cols(0, width_));

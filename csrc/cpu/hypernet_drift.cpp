@@ -124,10 +124,10 @@ class HypernetDrift {
         : drift(h.drift_, tile),
           by_x(h.parts_),
           da(h.make({tile * h.widest_})),
-          a0(h.make({tile * h.widest_})),
+          a0(h.make({h.layers_[0].a0 ? 0 : tile * h.widest_})),
           grad(h.make({tile * h.widest_})),
           grad_in(h.make({tile * h.widest_})),
-          scratch(h.make({3 * tile * h.widest_})) {
+          scratch(h.make({fused<scalar_t>(h.activation_) ? 0 : 3 * tile * h.widest_})) {
       for (const Layer<scalar_t>& layer : h.layers_) {
         x.push_back(h.make({tile * (2 * layer.width + 1)}));
         slope.push_back(h.make({tile * layer.width}));

@@ -7,6 +7,7 @@ loop: all old tasks' weights ``[T, P]`` from batched products, subtracted from s
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ AHEAD = 1e-3  # size of the look-ahead at which the regularizer is timed
 Call = Callable[[], Any]
 
 
-class Side:
+class Side(abc.ABC):
     """One contender. Of its two calls, ``regularizer`` returns the value and the gradients at a looked-ahead theta, ``step``
     takes a training step and returns loss and drift; ``prepare`` sets one of them up, snapshot or stored targets included.
     """
@@ -44,9 +45,9 @@ class Side:
         x, self.y = workload.batch()
         self.x = x.to(dtype)
 
+    @abc.abstractmethod
     def prepare(self, what: str) -> Call:
         """What is timed, ready to be called again and again."""
-        raise NotImplementedError
 
     def comparable(self, grads: Sequence[Tensor]) -> Tensor:
         """Its gradients as one vector, in the order of our theta."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasthyper.bench.peers import OURS
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
 
 
 class Board:
@@ -17,12 +21,12 @@ class Board:
     """
 
     def __init__(self, columns: Sequence[str], *, enabled: bool = True, title: str = ""):
-        self.columns, self.title, self.rows, self.status = list(columns), title, [], ""  # type: ignore[var-annotated]
-        self._enabled, self._live = enabled, None
-        if enabled:
-            self._live = self._start()
-            if self._live is None:
-                print(title, flush=True)
+        self.columns, self.title, self.status = list(columns), title, ""
+        self.rows: list[list[str]] = []
+        self._enabled = enabled
+        self._live = self._start() if enabled else None
+        if enabled and self._live is None:
+            print(title, flush=True)
 
     def __enter__(self) -> Board:
         return self
@@ -46,7 +50,7 @@ class Board:
             named = (f"    {name}: {cell}" for name, cell in zip(self.columns[1:], others, strict=True) if cell)
             print("\n".join([first, *named]), flush=True)
 
-    def _start(self):  # type: ignore[no-untyped-def]
+    def _start(self) -> Live | None:
         try:
             from rich.console import Console
             from rich.live import Live
@@ -59,7 +63,7 @@ class Board:
         live.start()
         return live
 
-    def _table(self):  # type: ignore[no-untyped-def]
+    def _table(self) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table
