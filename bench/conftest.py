@@ -8,7 +8,7 @@ import pytest
 
 import fasthyper.environment
 from fasthyper.bench.costs import Shapes
-from fasthyper.bench.measure import check_parity, compared, quartiles, reason_not_to, work_of
+from fasthyper.bench.measure import check_parity, compared, quartiles, reason_not_to, turn, work_of
 from fasthyper.bench.peers import OURS, PEERS, SIDES
 from fasthyper.bench.predict import Predictor
 
@@ -46,15 +46,13 @@ def against(benchmark, request):
 
         def peers_go_first():
             for name, peer in zip(runnable, others, strict=True):
-                began = time.perf_counter()
-                peer()
-                times[name].append(time.perf_counter() - began)
-
-        for _ in range(2):  # warm
-            began = time.perf_counter()
-            peers_go_first()
+                times[name].append(turn(peer))
             ours()
-            a_round = time.perf_counter() - began
+
+        began = time.perf_counter()
+        peers_go_first()  # warm
+        ours()
+        a_round = time.perf_counter() - began
         for taken in times.values():
             taken.clear()
         fewest = min(ROUNDS[0], max(2, int(seconds)))

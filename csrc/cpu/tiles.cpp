@@ -146,7 +146,7 @@ struct Block {
   }
 };
 
-// The small products come first: they are summed where the sum is small, and cost the large ones no digit.
+// Of each depth the small products come first; each next one loads one factor only.
 template <int parts, int rows, int cols>
 void multiply_block(const char* left, const char* right, int64_t num_tiles, float* out) {
   constexpr int64_t kStep = parts * 2 * kHalfBytes;
@@ -154,21 +154,21 @@ void multiply_block(const char* left, const char* right, int64_t num_tiles, floa
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  if constexpr (parts > 1) {
-    for (int64_t k = 0; k < num_tiles; ++k) {
-      const Block<rows, cols> block{left + k * kStep, right + k * kStep};
-      block.load_left(0);
-      if constexpr (parts == 3) block.load_right(2), block.multiply();
-      block.load_right(1), block.multiply();
-      block.load_left(1);
-      if constexpr (parts == 3) block.multiply();
-      block.load_right(0), block.multiply();
-      if constexpr (parts == 3) block.load_left(2), block.multiply();
-    }
-  }
   for (int64_t k = 0; k < num_tiles; ++k) {
     const Block<rows, cols> block{left + k * kStep, right + k * kStep};
-    block.load_left(0), block.load_right(0), block.multiply();
+    if constexpr (parts == 3) {
+      block.load_left(2), block.load_right(0), block.multiply();
+      block.load_left(1), block.multiply();
+      block.load_right(1), block.multiply();
+      block.load_left(0), block.multiply();
+      block.load_right(2), block.multiply();
+    } else if constexpr (parts == 2) {
+      block.load_left(1), block.load_right(0), block.multiply();
+      block.load_left(0), block.load_right(1), block.multiply();
+    } else {
+      block.load_left(0);
+    }
+    block.load_right(0), block.multiply();
   }
   _tile_stored(0, out, kSide * 4);
   if (cols == 2) _tile_stored(1, out + 16, kSide * 4);

@@ -11,7 +11,7 @@ import torch
 
 from fasthyper.bench.measure import interleaved, reason_not_to
 from fasthyper.bench.memory import peak_memory
-from fasthyper.bench.peers import OURS, SIDES
+from fasthyper.bench.peers import OURS, SIDES, missing
 from fasthyper.bench.predict import Predictor
 from fasthyper.bench.show import megabytes, milliseconds
 from fasthyper.bench.workloads import Workload
@@ -28,15 +28,19 @@ def compare(
     ``seconds``: about how long measuring may take; a side whose step is predicted to take more than a sixth of it is not
     measured. ``None`` measures nothing.
     """
-    row: dict[str, Any] = {"past": past}
+    row: dict[str, Any] = {"past": past, **{side: {} for side in BOTH}}
+    there = [side for side in BOTH if missing(side) is None]
     for side in BOTH:
-        predicted = {"seconds": predictor.seconds(side, past, "step"), "memory": predictor.memory(side, past)}
-        row[side] = {"predicted": predicted}
-    row["ratio"] = row["hypnettorch"]["predicted"]["seconds"] / row[OURS]["predicted"]["seconds"]
+        if side not in there:
+            row[side]["skipped"] = missing(side)
+            continue
+        row[side]["predicted"] = {"seconds": predictor.seconds(side, past, "step"), "memory": predictor.memory(side, past)}
+    if len(there) == len(BOTH):
+        row["ratio"] = row["hypnettorch"]["predicted"]["seconds"] / row[OURS]["predicted"]["seconds"]
     if seconds is None:
         return row
     calls = {}
-    for side in BOTH:
+    for side in there:
         slow = row[side]["predicted"]["seconds"] > seconds / 6
         reason = reason_not_to(predictor, past, "step", side) or ("a step is predicted to take too long" if slow else None)
         if reason:
@@ -66,17 +70,24 @@ def cells(row: dict[str, Any]) -> list[str]:
     shown = [f"{row['past']} past tasks"]
     for side in BOTH:
         entry = row[side]
+        if "predicted" not in entry:
+            shown += [entry["skipped"], ""]
+            continue
         predicted = entry["predicted"]
-        step, memory = milliseconds(predicted["seconds"]), megabytes(predicted["memory"])
+        step, memory = milliseconds(predicted["seconds"]), _size(predicted["memory"])
         if "measured" in entry:
             found = entry["measured"]
             step += f"\nmeasured {milliseconds(found['seconds'])}: {100 * found['error']:+.0f} % off"
-            memory += f"\nmeasured {megabytes(found['memory'])}" if found["memory"] is not None else ""
+            memory += f"\nmeasured {_size(found['memory'])}"
         elif "skipped" in entry:
             step += f"\nnot measured: {entry['skipped']}"
         shown += [step, memory]
     measured = f"\nmeasured {row['measured_ratio']:.1f}×" if "measured_ratio" in row else ""
-    return [*shown, f"{row['ratio']:.1f}×{measured}"]
+    return [*shown, f"{row['ratio']:.1f}×{measured}" if "ratio" in row else ""]
+
+
+def _size(num_bytes: int | None) -> str:
+    return "not known here" if num_bytes is None else megabytes(num_bytes)
 
 
 def compare_all(

@@ -143,22 +143,6 @@ def step_work(shapes: Shapes, past: int) -> Work:
     return drift_work(shapes, past) + task_work(shapes)
 
 
-def loop_work(shapes: Shapes, past: int) -> Work:
-    """Of the regularizer as a loop over tasks: each makes its weights forward and two products backward.
-
-    Bytes: some twenty passes over each task's P weights (make, split, lay end to end, subtract, square, add, and back), and
-    in the backward pass of the split a gradient of size P per tensor, filled with zeros and added up; theta is read twice,
-    and its gradient made and added to what earlier tasks gave.
-    """
-    macs = 3 * past * shapes.num_chunks * (_layers(shapes) + shapes.chunk_size * shapes.width)
-    return Work(macs, FLOAT * past * (shapes.num_weights * (20 + 4 * shapes.num_tensors) + 6 * shapes.num_theta))
-
-
-def loop_step_work(shapes: Shapes, past: int) -> Work:
-    """Of a whole step of the loop."""
-    return loop_work(shapes, past) + task_work(shapes)
-
-
 def _layers(shapes: Shapes) -> int:
     """Multiply-adds of one row in the trunk."""
     return sum(i * o for i, o in pairwise((shapes.task_dim + shapes.chunk_dim, *shapes.hidden)))

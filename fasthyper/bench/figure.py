@@ -70,8 +70,10 @@ def costs_figure(rows: Sequence[dict[str, Any]], title: str, machine: str, ink: 
         strict=True,
     ):
         for side in (OURS, "hypnettorch"):
-            predicted = [unit * row[side]["predicted"][key] for row in rows]
-            axes.plot(past, predicted, color=COLOURS[side], linewidth=2, label=f"{side}, predicted")
+            predicted = [(row["past"], row[side].get("predicted", {}).get(key)) for row in rows]
+            predicted = [(t, unit * value) for t, value in predicted if value is not None]
+            if predicted:
+                axes.plot(*zip(*predicted, strict=True), color=COLOURS[side], linewidth=2, label=f"{side}, predicted")
             points = [(row["past"], row[side]["measured"][key]) for row in rows if row[side].get("measured")]
             points = [(t, unit * value) for t, value in points if value is not None]
             if points:

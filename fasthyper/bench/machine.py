@@ -42,35 +42,16 @@ class Machine:
         return {**asdict(self), "ceiling": CEILING}
 
 
-def gemm_rate(m: int, k: int, n: int, pick: Pick = min) -> float:
+def gemm_rate(m: int, k: int, n: int) -> float:
     """Flops per second of ``[m, k] @ [k, n]`` in float32."""
     a, b, out = torch.rand(m, k), torch.rand(k, n), torch.empty(m, n)
-    return 2 * m * k * n / timed(lambda: torch.mm(a, b, out=out), pick)
+    return 2 * m * k * n / timed(lambda: torch.mm(a, b, out=out))
 
 
-def copy_rate(num_bytes: int, pick: Pick = min) -> float:
+def copy_rate(num_bytes: int) -> float:
     """Bytes per second, read and written, of copying an array of that size onto another."""
     source, out = torch.rand(max(1, num_bytes // 4)), torch.empty(max(1, num_bytes // 4))
-    return 2 * 4 * len(source) / timed(lambda: out.copy_(source), pick)
-
-
-def fresh_copy_rate(num_bytes: int, pick: Pick = min) -> float:
-    """The same for a copy into memory that is asked for each time, as every operation of PyTorch does."""
-    source = torch.rand(max(1, num_bytes // 4))
-    return 2 * 4 * len(source) / timed(source.clone, pick)
-
-
-def call_seconds(pick: Pick = min) -> float:
-    """Host time of one small op under autograd, its backward included."""
-    x = torch.ones(1, requires_grad=True)
-
-    def chain() -> None:
-        y = x
-        for _ in range(50):
-            y = y + 1
-        y.backward()
-
-    return timed(chain, pick) / 100
+    return 2 * 4 * len(source) / timed(lambda: out.copy_(source))
 
 
 def timed(function: Callable[[], object], pick: Pick = min, seconds: float = 0.3) -> float:

@@ -21,7 +21,7 @@ from fasthyper.bench.workloads import Workload
 from fasthyper.errors import FasthyperError
 
 ROUNDS = (3, 41)  # fewest and most
-SLOW = 20.0  # seconds: a peer whose call is predicted to take longer is not run
+SLOW = 10.0  # seconds: a peer whose call is predicted to take longer is not run
 FLOAT64_TASKS = 10  # parity in float64 takes no more tasks than this, in float32 all of them
 # float64 shows that all compute the same; float32, that what is timed is right: there two networks of relu may fall on
 # either side of a kink, and a step of a thousandth costs both three digits
@@ -164,19 +164,24 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     return difference / norm if norm else difference
 
 
+def turn(call: Callable[[], object]) -> float:
+    """Seconds of a call that follows one of its own kind, as in training: the first finds what others left in the caches."""
+    call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn (A, B, A, B, ...) after two rounds that do not count."""
-    for _ in range(2):
-        began = time.perf_counter()
-        for call in calls.values():
-            call()
-        a_round = time.perf_counter() - began
+    """Seconds of each call, in turns (A, B, A, B, ...) after a round that does not count."""
+    began = time.perf_counter()
+    for call in calls.values():
+        turn(call)
+    rounds = int(seconds / (time.perf_counter() - began))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(ROUNDS[0], min(ROUNDS[1], int(seconds / a_round)))):
+    for _ in range(max(ROUNDS[0], min(ROUNDS[1], rounds))):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(turn(call))
     return times
 
 

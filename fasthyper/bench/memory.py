@@ -1,12 +1,13 @@
 """How much memory a side needs: measured in a process of its own, because a peak cannot be taken back.
 
-``python -m fasthyper.bench.memory`` (started by ``measure``) sets one side up, calls it three times so that optimizers,
-libraries and compilers have what they keep, gives free memory back to the system, resets the kernel's high-water mark
-(``/proc/self/clear_refs``), calls it three times more and reads the mark (``VmHWM``; ``ru_maxrss`` of a child starts at
-what its parent held, and cannot be reset). ``step`` is the mark less what was resident before those calls; ``kept`` is what
-setting up added to a process that holds the hypernetwork: snapshot or stored targets. glibc is told to take every large
-block from the system and to give it back at once, so that the mark counts what is held and not how a heap happens to be cut:
-without that a loop over tasks is seen to take up to three times as much.
+``python -m fasthyper.bench.memory`` (started by ``measure``) runs something small, for what libraries keep is no side's.
+Then it sets one side up, gives free memory back to the system, resets the kernel's high-water mark
+(``/proc/self/clear_refs``), calls the side six times and reads the mark (``VmHWM``; ``ru_maxrss`` of a child starts at what
+its parent held, and cannot be reset). ``kept`` is what setting up added to a process that holds the hypernetwork: snapshot
+or stored targets. ``step`` is the mark less what was resident after that: what calls hold, and what they leave for the next,
+be it moments or scratch.
+glibc is told to take every large block from the system and to give it back at once, so that the mark counts what is held and
+not how a heap happens to be cut: without that a loop over tasks is seen to take up to three times as much.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ from pathlib import Path
 import torch
 
 from fasthyper.bench.peers import SIDES
-from fasthyper.bench.workloads import Workload
+from fasthyper.bench.workloads import Workload, mlp
 from fasthyper.errors import FasthyperError
 
-CALLS = 3
+CALLS = 6
+SMALL = Workload(
+    "small",
+    mlp(16, (16,), 4),
+    {"chunk_size": 64, "hidden": (8,), "task_dim": 4, "chunk_dim": 4, "activation": "elu"},
+    tasks=(1,),
+)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -51,7 +58,7 @@ def main(workload: str, past: str, what: str, side: str, threads: str) -> None:
     """The fresh process: prints ``kept`` and ``step`` as JSON."""
     torch.set_num_threads(int(threads))
     warnings.simplefilter("ignore")
-    call = SIDES[side](Workload.from_json(workload), 1).prepare(what)  # what libraries keep, and their code, is no side's
+    call = SIDES[side](SMALL, 1).prepare(what)
     if side != "compile":
         call()
     del call
@@ -59,13 +66,10 @@ def main(workload: str, past: str, what: str, side: str, threads: str) -> None:
     empty = _resident()
     call = contender.prepare(what)
     ready = _resident()
-    for _ in range(CALLS):
-        call()
-    before = _resident()
     CLEAR.write_text("5")
     for _ in range(CALLS):
         call()
-    print(json.dumps({"kept": max(0, ready - empty), "step": max(0, _status("VmHWM") - before)}))
+    print(json.dumps({"kept": max(0, ready - empty), "step": max(0, _status("VmHWM") - ready)}))
 
 
 def _resident() -> int:

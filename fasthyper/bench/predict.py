@@ -1,88 +1,67 @@
-"""What a step would cost with T past tasks: counted work over this machine's rates, measured at these shapes."""
+"""What a call would cost with T past tasks: measured with few, continued along counted work and memory."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
+import warnings
+from functools import cache
 from statistics import median
+from typing import Any
 
 import torch
 
-from fasthyper.bench import machine
-from fasthyper.bench.costs import FLOAT, Shapes, Work, drift_work, loop_work, task_work
+from fasthyper.bench.costs import FLOAT, Shapes, drift_work
+from fasthyper.bench.machine import timed
+from fasthyper.bench.memory import peak_memory
+from fasthyper.bench.peers import OURS, SIDES
 from fasthyper.bench.workloads import Workload
 from fasthyper.planner import MEMORY_BUDGET, snapshot_bytes
 
-# host time, in small calls under autograd: of the regularizer; of a step and per tensor of the target; of an old task in the
-# loop and per tensor: there 75 + 13 calls were counted, and the Python around one takes five times as long as the call
-DRIFT_CALLS, STEP_CALLS, LOOP_CALLS = 300, (600, 50), (5 * 75, 5 * 13)
-ROW_TILE, COLUMN_TILE = 1024, 4096  # of the C++ kernels at their largest
+FEW, MORE = 2, {"hypnettorch": 10}  # past tasks that a loop is timed with
+MOST = 256  # ours is timed with no more
 
 
 class Predictor:
-    """Times and memory of ours and of the loop over tasks; rates are measured when first needed."""
+    """Times and memory of ours and of the loop over tasks; what is measured for it is measured when first needed."""
 
     def __init__(self, workload: Workload):
         self.workload, self.shapes = workload, Shapes.of(workload)
+        self._timed, self._peak = cache(self._time), cache(self._memory)
 
     def seconds(self, side: str, past: int, what: str) -> float:
-        """Of one call: multiply-adds, bytes and host calls one after the other, each at its measured rate."""
-        shapes = self.shapes
-        if side == "hypnettorch":
-            work, rate, calls = loop_work(shapes, past), self.chunk_rate, past * self._calls(LOOP_CALLS)
-        else:
-            work, rate, calls = drift_work(shapes, past), self.gram_rate, DRIFT_CALLS
-        seconds = self._seconds(work, rate) + calls * self.call_seconds
-        if what == "step":
-            seconds += self._seconds(task_work(replace(shapes, target_macs=0)), self.chunk_rate) + self.target_seconds
-            seconds += self._calls(STEP_CALLS) * self.call_seconds
-        return seconds
+        """Of one call: linear in the past tasks for the loop, in counted multiply-adds for ours."""
+        more = MORE.get(side) or self._more()
+        first, last = self._timed(side, FEW, what), self._timed(side, more, what)
+        slope = max(0.0, last - first) / (self._work(side, more) - self._work(side, FEW))
+        return max(first + slope * (self._work(side, past) - self._work(side, FEW)), 0.0)
 
-    def memory(self, side: str, past: int) -> int:
-        """Bytes that holding the past tasks takes: what is stored, and what one call holds at its worst moment.
+    def memory(self, side: str, past: int) -> int | None:
+        """Bytes that holding the past tasks takes: with two tasks in a process of its own, and what is counted to be added.
 
-        Ours stores theta and the trunk's pre-activations, makes two tensors of theta's size, and packs tiles of rows and
-        columns per thread. The loop stores all weights, its graph holds as many differences and the trunk's activations, and
-        one task under way takes some tensors of the size of its weights and of theta.
+        Ours stores the trunk's pre-activations, while they fit the budget. The loop stores all weights, and its graph holds
+        as many differences and the trunk's activations. ``None`` where the system does not tell a process's memory.
         """
-        shapes, full = self.shapes, 2 * self.shapes.width + 1
-        if side == "hypnettorch":
-            features = past * shapes.num_chunks * sum(shapes.hidden)
-            return FLOAT * (2 * past * shapes.num_weights + 2 * features + 4 * shapes.num_weights + 6 * shapes.num_theta)
-        tiles = 2 * COLUMN_TILE * full + ROW_TILE * (3 * full + sum(2 * width + 1 for width in shapes.hidden)) + 8 * full**2
-        stored = min(snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT), MEMORY_BUDGET)  # at most
-        return stored + FLOAT * (3 * shapes.num_theta + torch.get_num_threads() * tiles)
+        found = self._peak(side)
+        return None if found is None else found + self._stored(side, past) - self._stored(side, FEW)
 
-    @cached_property
-    def chunk_rate(self) -> float:
-        """Flops per second of the product that makes a task's chunks."""
-        rows, width, size = self.shapes.num_chunks, self.shapes.width, self.shapes.chunk_size
-        return machine.gemm_rate(rows, width, size, median)
+    def _work(self, side: str, past: int) -> int:
+        return drift_work(self.shapes, past).macs if side == OURS else past
 
-    @cached_property
-    def gram_rate(self) -> float:
-        """Flops per second of a tall, thin product, as in E2."""
-        full = 2 * self.shapes.width + 1
-        return machine.gemm_rate(full, 4096, full, median)
+    def _more(self) -> int:
+        """As many past tasks as make three times the work of few, so that its growth is seen."""
+        counts, least = [4, 16, 64, MOST], 3 * self._work(OURS, FEW)
+        return next((past for past in counts if self._work(OURS, past) >= least), MOST)
 
-    @cached_property
-    def copy_rate(self) -> float:
-        """Bytes per second of copying something of the size of a task's weights, or of theta if that is larger."""
-        return machine.fresh_copy_rate(FLOAT * max(self.shapes.num_weights, self.shapes.num_theta), median)
+    def _stored(self, side: str, past: int) -> int:
+        shapes = self.shapes
+        if side == OURS:
+            return min(snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT), MEMORY_BUDGET)
+        return 2 * FLOAT * past * (shapes.num_weights + shapes.num_chunks * sum(shapes.hidden))
 
-    @cached_property
-    def target_seconds(self) -> float:
-        """Of the target's forward and backward pass over a batch."""
-        (x, _), target = self.workload.batch(), self.workload.build_target()
-        parameters = list(target.parameters())
-        return machine.timed(lambda: torch.autograd.grad(target(x).sum(), parameters), median)
+    def _time(self, side: str, past: int, what: str) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peer's own
+            return timed(SIDES[side](self.workload, past).prepare(what), median)
 
-    @cached_property
-    def call_seconds(self) -> float:
-        return machine.call_seconds(median)
-
-    def _calls(self, counts: tuple[int, int]) -> int:
-        return counts[0] + counts[1] * self.shapes.num_tensors
-
-    def _seconds(self, work: Work, rate: float) -> float:
-        return 2 * work.macs / rate + work.num_bytes / self.copy_rate
+    def _memory(self, side: str) -> int | None:
+        found: dict[str, Any] | None = peak_memory(self.workload, FEW, "regularizer", side, torch.get_num_threads())
+        return None if found is None else found["kept"] + found["step"]
