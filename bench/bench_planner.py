@@ -19,7 +19,7 @@ DEAREST, RANDOM_SHAPES = 4e9, 20  # multiply-adds of a form that is still timed
 
 
 def costs(layout, tasks, width):
-    """Counted multiply-adds of each form over the whole grid."""
+    """Counted cost of each form over the whole grid, in multiply-adds."""
     rows = tasks * layout.num_chunks
     return {form: cost(rows, layout.chunk_size, width) for form, cost in (("gram", gram_cost), ("direct", direct_cost))}
 

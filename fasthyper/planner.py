@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fasthyper.layout import Layout, Rectangle
 
+Cost = Callable[[int, int, int], float]
+
 MEMORY_BUDGET = 1 << 28  # bytes of pre-activations that a snapshot stores, unless told otherwise
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
 
-def gram_cost(rows: int, cols: int, width: int) -> int:
+# beside multiply-adds, in units of those that Gram matrices take (fitted; bench/bench_planner.py shows how well): a direct
+# one, in thin products; each element of rows and columns, read, packed, added up; each of a Gram matrix, summed in float64
+DIRECT_MAC, DIRECT_ELEMENT, GRAM_ELEMENT, GRAM_SUM = 2.5, 1000, 500, 13_000
+
+
+def gram_macs(rows: int, cols: int, width: int) -> int:
     """Multiply-adds of E2: each row and each column costs 2 H^2 for its Gram matrices and 2 H^2 for its gradient.
 
     Without a trunk each task and each chunk costs that, instead of each pair of them.
@@ -21,9 +28,19 @@ def gram_cost(rows: int, cols: int, width: int) -> int:
     return 4 * (rows + cols) * width * width
 
 
-def direct_cost(rows: int, cols: int, width: int) -> int:
+def direct_macs(rows: int, cols: int, width: int) -> int:
     """Multiply-adds of the tiled direct form: the residual from 2H factors, then one product for each gradient."""
     return 4 * rows * cols * width
+
+
+def gram_cost(rows: int, cols: int, width: int) -> float:
+    """What E2 takes, in multiply-adds."""
+    return gram_macs(rows, cols, width) + GRAM_ELEMENT * (rows + cols) * width + GRAM_SUM * width * width
+
+
+def direct_cost(rows: int, cols: int, width: int) -> float:
+    """What the direct form takes, in the same units."""
+    return DIRECT_MAC * direct_macs(rows, cols, width) + DIRECT_ELEMENT * (rows + cols) * width
 
 
 def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
@@ -35,7 +52,7 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
     """The rectangles of the drift over these past tasks, one int64 row ``PLAN_COLUMNS`` each, on the CPU.
 
     All shared weights take one form: their rectangles meet the same columns, which are passed once for all of them. Each
-    task's head takes its own.
+    task's head takes its own, by multiply-adds alone: passes are shared with the other heads.
 
     Args:
         layout: the chunk grid; its shared ranges are held for all ``tasks``, each head for its own task.
@@ -50,21 +67,23 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
     if form not in ("auto", "gram", "direct"):
         raise ValueError(f"form must be 'auto', 'gram' or 'direct', got {form!r}")
 
-    def rows(rectangles: Sequence[Rectangle], task_lo: int, task_hi: int, num_tasks: int) -> list[list[int]]:
+    def rows(
+        rectangles: Sequence[Rectangle], task_lo: int, task_hi: int, num_tasks: int, gram: Cost, direct: Cost
+    ) -> list[list[int]]:
         areas = [(num_tasks * r.num_chunks, r.num_cols) for r in rectangles]
         num_rows = sum(rows for rows, _ in areas) if trunk else num_tasks + sum(r.num_chunks for r in rectangles)
-        gram = gram_cost(num_rows, _union(rectangles), width)
-        direct = sum(direct_cost(*area, width) for area in areas)
-        is_direct = form == "direct" or (form == "auto" and direct < gram)
+        is_cheaper = sum(direct(*area, width) for area in areas) < gram(num_rows, _union(rectangles), width)
+        is_direct = form == "direct" or (form == "auto" and is_cheaper)
         return [[task_lo, task_hi, *r, int(is_direct)] for r in rectangles]
 
-    plan = rows([r for span in layout.shared for r in layout.rectangles(span)], 0, -1, len(tasks))
+    shared = [r for span in layout.shared for r in layout.rectangles(span)]
+    plan = rows(shared, 0, -1, len(tasks), gram_cost, direct_cost)
     if layout.heads:
         for position, task in enumerate(tasks):
             if task >= len(layout.heads):
                 raise ValueError(f"task {task} has no output head: the target has {len(layout.heads)} of them")
             for span in layout.heads[task]:
-                plan += rows(layout.rectangles(span), position, position + 1, 1)
+                plan += rows(layout.rectangles(span), position, position + 1, 1, gram_macs, direct_macs)
     return torch.tensor(plan, dtype=torch.int64).reshape(-1, len(PLAN_COLUMNS))
 
 

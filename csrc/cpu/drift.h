@@ -11,7 +11,7 @@
 #include <numeric>
 #include <vector>
 
-#include "product.h"
+#include "few_rows.h"
 
 namespace fasthyper {
 
@@ -323,13 +323,17 @@ class Drift {
   void direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
                    scalar_t* grad) const {
     const int64_t with_bias = width_ + 1, count = x.num_rows;
-    if (!worker.grad_basis.defined()) worker.grad_basis = torch::stable::new_zeros(basis_tensor_, basis_tensor_.sizes());
+    if (!worker.grad_basis.defined()) {
+      worker.grad_basis = kept_empty(basis_tensor_, {basis_tensor_.size(0), with_bias});
+      std::fill_n(data<scalar_t>(worker.grad_basis), basis_tensor_.numel(), scalar_t(0));
+    }
     const Matrix<scalar_t> ha = dense(worker.ha.template get<scalar_t>(count * with_bias), count, with_bias);
     for (int64_t i = 0; i < count; ++i) {
       const scalar_t* row = x.first + i * full_;
       for (int64_t j = 0; j < width_; ++j) ha.data[i * with_bias + j] = row[j] + row[width_ + j];
       ha.data[i * with_bias + width_] = 1;
     }
+    if (count <= kFewRows) return few_direct_rows(worker, r, first, x, ha.data, slope, grad);
     worker.ha_factor.pack(ha);
     for (int64_t lo = r.col_lo; lo < r.col_hi; lo += kDirectColumns) {
       const int64_t num_cols = std::min(kDirectColumns, r.col_hi - lo);
@@ -353,6 +357,23 @@ class Drift {
                                   put_block<true>(m, n, block, stride, to_basis + i * with_bias + j, with_bias);
                                 });
     }
+  }
+
+  void few_direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* ha,
+                       const scalar_t* slope, scalar_t* grad) const {
+    const int64_t count = x.num_rows, padded = padded_to_lanes(full_), start = r.col_lo * (width_ + 1);
+    scalar_t* rows = worker.d.template get<scalar_t>(count * (padded + width_) + padded);
+    scalar_t *grad_h = rows + count * padded, *y = grad_h + count * width_;
+    std::fill(rows, y + padded, scalar_t(0));
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(x.first + i * full_, full_, rows + i * padded);
+      worker.weight[i] = task_weight(first + worker.picked[i]);
+    }
+    worker.direct_value +=
+        direct_columns<scalar_t>({count, width_, rows, ha, worker.weight.data(), grad_h}, r.num_cols(), basis_ + start,
+                                 basis0_ + start, data<scalar_t>(worker.grad_basis) + start, y);
+    std::fill_n(worker.weight.data(), count, scalar_t(1));  // the gradient has it
+    add_picked(worker, 0, 0, count, width_, grad_h, width_, slope, grad);
   }
 
   template <typename Item, typename Body>
