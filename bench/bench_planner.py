@@ -2,7 +2,6 @@
 
 import random
 import statistics
-import time
 
 import oracle
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 import fasthyper as fh
 from fasthyper import ops
+from fasthyper.bench.measure import turn
 from fasthyper.bench.workloads import CASES
 from fasthyper.layout import Layout
 from fasthyper.planner import direct_cost, drift_plan, gram_cost
@@ -43,9 +43,7 @@ def row(layout, tasks, width, calls):
     seconds = {form: [] for form in FORMS}
     for _ in range(ROUNDS):
         for form in FORMS:
-            began = time.perf_counter()
-            calls[form]()
-            seconds[form].append(time.perf_counter() - began)
+            seconds[form].append(turn(calls[form]))
     medians = {form: statistics.median(times) for form, times in seconds.items()}
     shape = {"tasks": tasks, "chunks": layout.num_chunks, "chunk_size": layout.chunk_size, "width": width}
     best = min(medians["gram"], medians["direct"])
