@@ -1,8 +1,11 @@
 """``compat.hypnettorch.hnet_regularizer`` against hypnettorch 0.0.4: options, their combinations, hypernets of all sorts."""
 
 import copy
+import inspect
 import itertools
 import random
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -339,6 +342,7 @@ def test_a_snapshot_serves_other_heads_and_weights_in_turn():
     """What it keeps from one call to the next is for the same plan and weights only."""
     hnet = build("chunked")
     theirs, ours = original.get_current_targets(PAST, hnet), hreg.get_current_targets(PAST, hnet)
+    ours.held(mnet(), [range(2), torch.arange(3), np.array([4]), []])
     for heads, scaling, batch in itertools.product([*HEADS, "own", None], [False, True], [None, 2]):
         given, leaves = arguments(hnet, "snapshot", "constant", None, heads, False, batch, scaling)
         assert_same(outcome(hreg, hnet, ours, given, leaves), outcome(original, hnet, theirs, given, leaves))
@@ -492,9 +496,13 @@ def test_what_is_wrong_is_said_in_a_line(what):
     assert "\n" not in str(raised.value)
 
 
-def test_signatures_are_the_originals():
-    import inspect
+def test_imports_need_torch_only():
+    code = "import sys; sys.modules.update(dict.fromkeys(('hypnettorch', 'numpy')))\n"
+    code += "from fasthyper.compat.hypnettorch import hnet_regularizer, optim_step"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
+
+def test_signatures_are_the_originals():
     for name in ("get_current_targets", "calc_fix_target_reg", "flatten_and_remove_out_heads"):
         have, want = (inspect.signature(getattr(module, name)).parameters for module in (hreg, original))
         assert [(p.name, p.default) for p in have.values()] == [(p.name, p.default) for p in want.values()]
