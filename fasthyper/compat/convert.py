@@ -113,15 +113,16 @@ def from_hypercl(
     Raises:
         ValueError: as ``from_hypnettorch``.
     """
+    chunked = hasattr(hnet, "chunk_embeddings")
     _refuse(
         no_weights=not hnet.has_theta,
         no_te_embs=not hnet.has_task_embs or not len(hnet.get_task_embs()),
-        ce_dim=hnet.requires_ext_input,
+        ce_dim=not chunked and hnet.requires_ext_input,
         dropout_rate=any(isinstance(module, nn.Dropout) for module in hnet.modules()),
         **{"use_bias=False": all(parameter.dim() > 1 for parameter in hnet.theta)},
     )
     layers, chunk_embeddings = [parameter.detach() for parameter in hnet.theta], None
-    if hasattr(hnet, "chunk_embeddings"):
+    if chunked:
         chunk_embeddings = layers.pop(0)
     else:
         _check_layers(layers, len(hnet.target_shapes))
