@@ -20,8 +20,8 @@ DEAREST, RANDOM_SHAPES = 4e9, 20  # multiply-adds of a form that is still timed
 
 def costs(layout, tasks, width):
     """Counted cost of each form over the whole grid, in multiply-adds."""
-    rows = tasks * layout.num_chunks
-    return {form: cost(rows, layout.chunk_size, width) for form, cost in (("gram", gram_cost), ("direct", direct_cost))}
+    rows, cols = tasks * layout.num_chunks, layout.chunk_size
+    return {"gram": gram_cost(rows, cols, width), "direct": direct_cost(rows * cols, rows, cols, width)}
 
 
 def random_shapes():

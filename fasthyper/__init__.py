@@ -4,13 +4,16 @@
 
 ``fh.streams`` are sequences of tasks, ``fh.nets`` target networks; ``fh.ChunkedHypernet`` generates a target's weights and
 ``fh.Trainer`` trains it; ``fh.OutputRegularizer`` and ``fh.candidate_step`` are its parts for a loop of one's own.
+``fh.load`` reads what ``hnet.export`` wrote; ``fh.from_hypnettorch``, ``fh.to_hypnettorch`` and the like convert.
 """
 
 from fasthyper.version import __version__  # isort: skip  (checks torch before anything else needs it)
 
 from fasthyper import metrics, nets, ops, streams
 from fasthyper._backend import backends
+from fasthyper.compat.convert import from_hypercl, from_hypnettorch, to_hypercl, to_hypnettorch
 from fasthyper.errors import CheckpointError, DataError, FasthyperError, NonFiniteLossError
+from fasthyper.export import load
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.lookahead import candidate_step
 from fasthyper.metrics import Results
@@ -29,8 +32,13 @@ __all__ = [
     "__version__",
     "backends",
     "candidate_step",
+    "from_hypercl",
+    "from_hypnettorch",
+    "load",
     "metrics",
     "nets",
     "ops",
     "streams",
+    "to_hypercl",
+    "to_hypnettorch",
 ]

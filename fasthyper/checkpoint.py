@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file whose header carries the JSON state. Reading one cannot run code."""
+"""Checkpoints and exported networks: safetensors files whose header carries JSON state. Reading one cannot run code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasthyper.errors import CheckpointError
 
 FORMAT = "fasthyper-checkpoint-1"
+HYPERNET_FORMAT = "fasthyper-hypernet-1"
 RESULTS_FORMAT = "fasthyper-results-1"
 CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
 
@@ -47,13 +50,9 @@ def save(directory: Path, tensors: dict[str, Tensor], state: dict[str, Any], res
     Raises:
         CheckpointError: it cannot be written, or the directory is not ours.
     """
-    from safetensors.torch import save_file
-
     claim(directory)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "state": json.dumps(state)}
+    write(directory / CHECKPOINT, tensors, FORMAT, state)
     results = {"format": RESULTS_FORMAT, **results}
-    _replace(directory / CHECKPOINT, lambda path: save_file(tensors, path, metadata=header))
     _replace(directory / RESULTS, lambda path: path.write_text(json.dumps(results)))
 
 
@@ -63,19 +62,65 @@ def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: missing, truncated, corrupted, or not a checkpoint of this format.
     """
+    return read(directory / CHECKPOINT, FORMAT)
+
+
+def write(path: Path, tensors: dict[str, Tensor], format: str, state: dict[str, Any] | None = None) -> None:
+    """Writes one safetensors file, whole or not at all. Without ``state`` it is a plain one, as other programs write.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if path.name == CHECKPOINT and format != FORMAT:
+        raise CheckpointError(f"{path} is what a run goes on from; name another file")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {"format": format}
+    if state is not None:
+        header["state"] = json.dumps(state)
+        header["sha256"] = _digest(tensors, header["state"])
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state that ``write`` wrote.
+
+    Raises:
+        CheckpointError: missing, truncated, changed since, or of another format.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = directory / CHECKPOINT
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no {'checkpoint' if format == FORMAT else 'file'} at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not a {FORMAT} file (format: {header.get('format')})")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["state"])  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
+            if header.get("format") != format:
+                raise CheckpointError(f"{path} is not a {format} file ({_other(header.get('format'), format)})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "sha256" in header and header["sha256"] != _digest(tensors, header["state"]):
+            raise CheckpointError(f"{path} is damaged: it was changed since it was written")
+        return tensors, json.loads(header["state"])
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not a {format} file: {error}") from error
+
+
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    """SHA-256 over the state and every tensor with its name, type and shape."""
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _other(found: str | None, expected: str) -> str:
+    """What a file of another format is, so that one knows what to do."""
+    kind, _, number = (found or "").rpartition("-")
+    if kind == expected.rpartition("-")[0] and number.isdecimal():
+        return f"{found}, of another version of fasthyper: upgrade"
+    return f"format: {found}"
 
 
 def read_results(directory: Path) -> dict[str, Any]:

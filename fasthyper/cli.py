@@ -21,6 +21,7 @@ from fasthyper.bench.verbs import add_verbs
 from fasthyper.checkpoint import CHECKPOINT
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
+from fasthyper.export import load
 from fasthyper.recipes import RECIPES, Recipe, run
 from fasthyper.streams import fetch
 
@@ -69,6 +70,12 @@ def _parser() -> _Parser:
     verb.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
     verb.set_defaults(command=_report)
 
+    verb = verbs.add_parser("export", help="one file: a run's hypernetwork, or the plain weights of one of its tasks")
+    verb.add_argument("directory", type=Path, metavar="RUN_DIR", help="directory of a run")
+    verb.add_argument("file", type=Path, metavar="FILE", help="the safetensors file to write")
+    verb.add_argument("--task", type=int, metavar="N", help="the target's weights for task N, of use without fasthyper")
+    verb.set_defaults(command=_export)
+
     add_verbs(verbs)
 
     verb = verbs.add_parser("list", help="the recipes")
@@ -115,6 +122,11 @@ def _write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     from fasthyper.report import write_report
 
     return write_report(directories, out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    load(args.directory).export(args.file, args.task)
+    print(args.file)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper import ops
+from fasthyper import checkpoint, nets, ops
 from fasthyper.activations import ACTIVATIONS
 from fasthyper.layout import Block, Layout
 from fasthyper.planner import factorises
@@ -187,6 +188,32 @@ class ChunkedHypernet(nn.Module):
             else:
                 weights[name] = _join(found[name], shape)
         return weights, products
+
+    @torch.no_grad()
+    def export(self, path: str | Path, task: int | None = None) -> None:
+        """Writes one safetensors file: all that ``fh.load`` needs or, of one task, what the target's own class needs.
+
+        Args:
+            path: the file; one that is there is replaced, whole or not at all.
+            task: ``None``: parameters and configuration. Else the weights of this task alone, without fasthyper of use as
+                ``target.load_state_dict(safetensors.torch.load_file(path))``.
+
+        Raises:
+            CheckpointError: it cannot be written.  IndexError: no such task.
+        """
+        path, module = Path(path), self.target.module
+        if task is None:
+            state = {
+                "hnet": self.config,
+                "target": nets.describe(module),
+                "target_shapes": self.target.named_shapes(),
+            }
+            checkpoint.write(path, self.state_dict(), checkpoint.HYPERNET_FORMAT, state)
+            return
+        weights = self.generate(task)
+        made = {id(parameter): weights[name] for name, parameter in module.named_parameters()}
+        tensors = module.state_dict(keep_vars=True)  # beside parameters also buffers, and a shared parameter by every name
+        checkpoint.write(path, {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}, "pt")
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
         self.target.train(mode)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fasthyper.layout import Layout, Rectangle
-
-Cost = Callable[[int, int, int], float]
 
 MEMORY_BUDGET = 1 << 28  # bytes of pre-activations that a snapshot stores, unless told otherwise
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
@@ -28,9 +26,9 @@ def gram_macs(rows: int, cols: int, width: int) -> int:
     return 4 * (rows + cols) * width * width
 
 
-def direct_macs(rows: int, cols: int, width: int) -> int:
-    """Multiply-adds of the tiled direct form: the residual from 2H factors, then one product for each gradient."""
-    return 4 * rows * cols * width
+def direct_macs(cells: int, width: int) -> int:
+    """Multiply-adds of the tiled direct form over rows x columns: residual from 2H factors, and two products."""
+    return 4 * cells * width
 
 
 def gram_cost(rows: int, cols: int, width: int) -> float:
@@ -38,9 +36,9 @@ def gram_cost(rows: int, cols: int, width: int) -> float:
     return gram_macs(rows, cols, width) + GRAM_ELEMENT * (rows + cols) * width + GRAM_SUM * width * width
 
 
-def direct_cost(rows: int, cols: int, width: int) -> float:
-    """What the direct form takes, in the same units."""
-    return DIRECT_MAC * direct_macs(rows, cols, width) + DIRECT_ELEMENT * (rows + cols) * width
+def direct_cost(cells: int, rows: int, cols: int, width: int) -> float:
+    """What the direct form takes, in the same units, over ``cells`` of these rows and columns."""
+    return DIRECT_MAC * direct_macs(cells, width) + DIRECT_ELEMENT * (rows + cols) * width
 
 
 def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
@@ -67,23 +65,24 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
     if form not in ("auto", "gram", "direct"):
         raise ValueError(f"form must be 'auto', 'gram' or 'direct', got {form!r}")
 
-    def rows(
-        rectangles: Sequence[Rectangle], task_lo: int, task_hi: int, num_tasks: int, gram: Cost, direct: Cost
-    ) -> list[list[int]]:
-        areas = [(num_tasks * r.num_chunks, r.num_cols) for r in rectangles]
-        num_rows = sum(rows for rows, _ in areas) if trunk else num_tasks + sum(r.num_chunks for r in rectangles)
-        is_cheaper = sum(direct(*area, width) for area in areas) < gram(num_rows, _union(rectangles), width)
+    def rows(rectangles: Sequence[Rectangle], task_lo: int, task_hi: int, num_tasks: int) -> list[list[int]]:
+        cells = num_tasks * sum(r.num_chunks * r.num_cols for r in rectangles)
+        chunks, cols = sum(r.num_chunks for r in rectangles), _union(rectangles)
+        num_rows = num_tasks * chunks if trunk else num_tasks + chunks
+        if task_hi < 0:
+            is_cheaper = direct_cost(cells, num_tasks * chunks, cols, width) < gram_cost(num_rows, cols, width)
+        else:
+            is_cheaper = direct_macs(cells, width) < gram_macs(num_rows, cols, width)
         is_direct = form == "direct" or (form == "auto" and is_cheaper)
         return [[task_lo, task_hi, *r, int(is_direct)] for r in rectangles]
 
-    shared = [r for span in layout.shared for r in layout.rectangles(span)]
-    plan = rows(shared, 0, -1, len(tasks), gram_cost, direct_cost)
+    plan = rows([r for span in layout.shared for r in layout.rectangles(span)], 0, -1, len(tasks))
     if layout.heads:
         for position, task in enumerate(tasks):
             if task >= len(layout.heads):
                 raise ValueError(f"task {task} has no output head: the target has {len(layout.heads)} of them")
             for span in layout.heads[task]:
-                plan += rows(layout.rectangles(span), position, position + 1, 1, gram_macs, direct_macs)
+                plan += rows(layout.rectangles(span), position, position + 1, 1)
     return torch.tensor(plan, dtype=torch.int64).reshape(-1, len(PLAN_COLUMNS))
 
 

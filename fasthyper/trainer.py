@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
 from fasthyper.environment import environment
-from fasthyper.errors import CheckpointError, NonFiniteLossError
+from fasthyper.errors import NonFiniteLossError
+from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.interrupt import deferred_interrupt
 from fasthyper.lookahead import look_ahead, take_step
@@ -200,7 +201,6 @@ class Trainer:
         state = {
             "trainer": self.config,
             "hnet": self.hnet.config,
-            "num_tasks": self.hnet.num_tasks,
             "target": nets.describe(self.hnet.target.module),
             "target_shapes": self.hnet.target.named_shapes(),
             "results": self.results.to_json(),
@@ -240,23 +240,17 @@ class Trainer:
         """
         tensors, state = checkpoint.load(Path(directory))
         try:
-            target = target if target is not None else nets.build(state["target"])
-            config = {**state["hnet"], "dtype": getattr(torch, state["hnet"]["dtype"])}
-            hnet = ChunkedHypernet(target, state["num_tasks"], **config)
-            if hnet.target.named_shapes() != state["target_shapes"]:
-                raise ValueError(f"the target's parameters differ from those of the saved {state['target']['class']}")
-            hnet.load_state_dict(_with_prefix(tensors, "hnet."))
+            hnet = rebuild(with_prefix(tensors, "hnet."), state, target)
             trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress)
             trainer.results = Results.from_json(state["results"])
             if state["current"] is not None:
                 record = TaskRecord.from_json(state["current"])
-                snapshot = _with_prefix(tensors, "snapshot.")
+                snapshot = with_prefix(tensors, "snapshot.")
                 trainer._current = trainer._begin(record.index, record.name)
                 trainer._current.restore(record, tensors)
                 trainer.regularizer.restore(record.index, [snapshot[str(i)] for i in range(len(snapshot))])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            message = " ".join(str(error).split())
-            raise CheckpointError(f"{Path(directory) / checkpoint.CHECKPOINT} does not fit: {message}") from error
+        except UNFIT as error:
+            raise unfit(Path(directory) / checkpoint.CHECKPOINT, error) from error
         return trainer
 
     def _next(self, task: Any) -> tuple[int, str, TaskData]:
@@ -363,11 +357,7 @@ class _TaskInTraining:
         self.record = record
         for which, optimizer in self._optimizers().items():
             state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _with_prefix(tensors, f"optimizer.{which}.").items():
+            for name, tensor in with_prefix(tensors, f"optimizer.{which}.").items():
                 i, key = name.split(".", 1)
                 state.setdefault(int(i), {})[key] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

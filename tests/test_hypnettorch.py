@@ -6,7 +6,8 @@ import torch
 from test_trainer import recorded_losses, toy_stream
 
 import fasthyper as fh
-from fasthyper.bench.peers import PeerTrainer, in_its_order, peer_of
+from fasthyper.bench.peers import PeerTrainer, peer_of
+from fasthyper.compat.convert import in_hypnettorch_order
 from fasthyper.streams.batches import Batches
 
 pytest.importorskip("hypnettorch")
@@ -45,10 +46,10 @@ def test_regularizer_has_the_same_value_and_gradients(targets):
     )
     generator = torch.Generator().manual_seed(0)
     step = [0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in hnet.theta]
-    theirs = hreg.calc_fix_target_reg(peer, 3, dTheta=in_its_order(hnet, step), **where)
+    theirs = hreg.calc_fix_target_reg(peer, 3, dTheta=in_hypnettorch_order(hnet, step), **where)
     ours = regularizer.penalty([p + d for p, d in zip(hnet.theta, step, strict=True)])
     assert oracle.relative_error(ours.detach(), theirs.detach()) < 1e-12
-    grads = in_its_order(hnet, list(torch.autograd.grad(ours, hnet.theta)))
+    grads = in_hypnettorch_order(hnet, list(torch.autograd.grad(ours, hnet.theta)))
     for have, want in zip(grads, torch.autograd.grad(theirs, peer.unconditional_params), strict=True):
         assert oracle.relative_error(have, want) < 1e-10
 
@@ -71,7 +72,7 @@ def test_regularizer_with_fisher_estimates_has_the_same_value_and_gradients(targ
         hreg.get_current_targets(3, peer) if targets == "snapshot" else [random(peer.target_shapes) for _ in range(3)]
     )
     step = [0.1 * d for d in random([p.shape for p in hnet.theta])]
-    peer_step, scaling = in_its_order(hnet, step), [0.5, 1.0, 2.0]
+    peer_step, scaling = in_hypnettorch_order(hnet, step), [0.5, 1.0, 2.0]
     theirs = hreg.calc_fix_target_reg(
         peer, 3, targets=theirs_to, dTheta=peer_step, fisher_estimates=fisher, reg_scaling=scaling
     )
@@ -83,7 +84,7 @@ def test_regularizer_with_fisher_estimates_has_the_same_value_and_gradients(targ
         scaling=torch.tensor(scaling, dtype=torch.float64),
     )
     assert oracle.relative_error(ours.detach(), theirs.detach()) < 1e-12
-    grads = in_its_order(hnet, list(torch.autograd.grad(ours, hnet.theta)))
+    grads = in_hypnettorch_order(hnet, list(torch.autograd.grad(ours, hnet.theta)))
     for have, want in zip(grads, torch.autograd.grad(theirs, peer.unconditional_params), strict=True):
         assert oracle.relative_error(have, want) < 1e-10
 

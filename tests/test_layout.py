@@ -94,8 +94,8 @@ def test_layout_and_plan_name_what_is_wrong():
 
 def test_planner_takes_the_cheaper_form_on_either_side_of_its_crossover():
     width, cols = 50, 1000
-    rows = next(r for r in range(1, 1000) if direct_cost(r, cols, width) > gram_cost(r, cols, width))
-    assert direct_cost(rows - 1, cols, width) <= gram_cost(rows - 1, cols, width)
+    rows = next(r for r in range(1, 1000) if direct_cost(r * cols, r, cols, width) > gram_cost(r, cols, width))
+    assert direct_cost((rows - 1) * cols, rows - 1, cols, width) <= gram_cost(rows - 1, cols, width)
     layout = Layout(cols, cols)  # one chunk: as many rows as tasks
     assert drift_plan(layout, range(rows - 1), width)[:, 6].tolist() == [1]
     assert drift_plan(layout, range(rows), width)[:, 6].tolist() == [0]
@@ -122,7 +122,7 @@ def test_planner_counts_tasks_and_chunks_instead_of_their_pairs_without_a_trunk(
     for tasks in (1, 6, 6000):
         assert drift_plan(layout, range(tasks), width, trunk=False)[:, 6].tolist() == [0, 0]
     one_chunk, cols = Layout(1000, 1000), 1000
-    rows = next(r for r in range(1, 1000) if direct_cost(r, cols, width) > gram_cost(r + 1, cols, width))
+    rows = next(r for r in range(1, 1000) if direct_cost(r * cols, r, cols, width) > gram_cost(r + 1, cols, width))
     assert drift_plan(one_chunk, range(rows - 1), width, trunk=False)[:, 6].tolist() == [1]
     assert drift_plan(one_chunk, range(rows), width, trunk=False)[:, 6].tolist() == [0]
     heads = Layout(468_540, 7000, [[(1000 * t, 1000 * t + 640)] for t in range(6)])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fasthyper import nets
 from fasthyper.bench.workloads import Workload
+from fasthyper.compat.convert import in_hypnettorch_order, to_hypnettorch
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.trainer import Trainer
@@ -87,7 +88,7 @@ class Hypnettorch(Side):
             x = self.x if self.x.dim() == 2 else self.x.permute(0, 2, 3, 1).flatten(1)  # it takes flat rows of pixels
             return lambda: trainer.step(x, self.y)
         _, peer = peer_of(self.hnet)
-        targets, ahead = hreg.get_current_targets(self.past, peer), in_its_order(self.hnet, self.ahead())
+        targets, ahead = hreg.get_current_targets(self.past, peer), in_hypnettorch_order(self.hnet, self.ahead())
 
         def regularizer() -> tuple[Tensor, Sequence[Tensor]]:
             value = hreg.calc_fix_target_reg(peer, self.past, targets=targets, dTheta=ahead)
@@ -224,49 +225,20 @@ def missing(name: str) -> str | None:
 
 
 def peer_of(hnet: ChunkedHypernet) -> tuple[Any, Any]:
-    """hypnettorch's network and hypernetwork, holding the parameters of ``hnet``, whose target is one of ``fh.nets``.
+    """hypnettorch's network and hypernetwork, holding the parameters of ``hnet``, whose target is one of ``fh.nets``."""
+    from hypnettorch.mnets import ResNet
 
-    Its first layer takes [chunk embedding, task embedding], ours the other way round; its output layer is our basis.
-    """
-    from hypnettorch.hnets import HMLP, ChunkedHMLP
-    from hypnettorch.mnets import MLP, ResNet
-
-    config, target = hnet.config, nets.describe(hnet.target.module)["config"]
-    if isinstance(hnet.target.module, nets.MLP):
-        mnet = MLP(target["num_inputs"], target["num_outputs"], target["hidden"], no_weights=True, verbose=False)
-    else:
+    peer, mnet = to_hypnettorch(hnet)
+    if isinstance(hnet.target.module, nets.ResNet):
+        target = nets.describe(hnet.target.module)["config"]
         settings = {"n": target["n"], "num_feature_maps": target["widths"], "use_bias": target["bias"], "verbose": False}
         shape = (32, 32, target["num_channels"])
         mnet = ResNet(shape, target["num_outputs"], no_weights=True, bn_track_stats=False, **settings)
-    options = {
-        "cond_in_size": config["task_dim"],
-        "layers": config["hidden"],
-        "activation_fn": {"elu": torch.nn.ELU(), "relu": torch.nn.ReLU()}[config["activation"]],
-        "num_cond_embs": hnet.num_tasks,
-        "verbose": False,
-    }
-    if config["chunk_size"] is None:
-        peer = HMLP(mnet.param_shapes, **options)
-    else:
-        peer = ChunkedHMLP(mnet.param_shapes, config["chunk_size"], chunk_emb_size=config["chunk_dim"], **options)
-    peer = peer.to(hnet.basis.dtype)
-    values = [*(e.detach() for e in hnet.task_embeddings), *in_its_order(hnet, [p.detach() for p in hnet.theta])]
-    assert [list(p.shape) for p in values] == [list(p.shape) for p in peer.internal_params]
-    for theirs, value in zip(peer.internal_params, values, strict=True):
-        theirs.data = value.clone()
     return mnet, peer
 
 
-def in_its_order(hnet: ChunkedHypernet, theta: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors shaped like our theta as hypnettorch's ``unconditional_params``."""
-    chunk_embeddings, *layers, basis = theta
-    layers = [*layers, basis[:, :-1].contiguous(), basis[:, -1].contiguous()]
-    layers[0] = layers[0].roll(-hnet.config["task_dim"], 1)
-    return [*layers, *([] if hnet.config["chunk_size"] is None else [chunk_embeddings])]
-
-
 def in_our_order(hnet: ChunkedHypernet, theirs: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of ``in_its_order``."""
+    """The inverse of ``in_hypnettorch_order``."""
     first, *rest = theirs
     chunk_embeddings = hnet.chunk_embeddings.detach() if hnet.config["chunk_size"] is None else rest.pop()
     *layers, weight, bias = [torch.roll(first, hnet.config["task_dim"], 1), *rest]
