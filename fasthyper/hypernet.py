@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper import ops
 from fasthyper.activations import ACTIVATIONS
+from fasthyper.generation import Generator
 from fasthyper.layout import Block, Layout
-from fasthyper.planner import factorises
+from fasthyper.mixed import MixedBatch
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
 from fasthyper.trunk import run_trunk
@@ -26,7 +25,8 @@ class ChunkedHypernet(nn.Module):
     Chunk n of task t is ``basis @ [trunk([e_t, z_n]) | 1]``: a small MLP shared by all chunks, then one linear basis.
 
     Args:
-        target: the network whose weights are generated; any module whose parameters may all be generated.
+        target: the network whose weights are generated; any module. Running batch-norm statistics are each task's own, other
+            buffers are shared. The module is not changed.
         num_tasks: tasks to begin with; ``add_task`` makes more.
         chunk_size: S; ``None`` makes all weights at once (the full hypernetwork, N = 1, no chunk embedding).
         hidden: widths of the trunk's layers; empty for a linear hypernetwork. H is the last one, or E + Z.
@@ -38,6 +38,14 @@ class ChunkedHypernet(nn.Module):
             fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
             row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read such a layer's
             ``weight``, which makes it; going through ``parameters()`` there raises.
+        generate: which parameters are generated: a pattern of names or a sequence of them, read in order, the last that
+            matches decides. ``"layer4.*"`` takes in, ``"!*.bias"`` takes out, ``"@*Norm*"`` goes by the class of the layer;
+            so ``"!@*Norm*"`` is all but the norms. See ``patterns.choose``.
+        rest: what becomes of the parameters that are not generated: all tasks share them, at first as in ``target``.
+            ``"frozen"``: they stay, so nothing is forgotten. ``"trained"``: they learn from every task's loss, and NOTHING
+            HOLDS THEM for past tasks: the output regularizer sees generated weights only.
+        grow_heads: whether ``add_task`` beyond the output heads that the target was built with adds heads, of weights laid
+            after all others; those of past tasks stay in place, bit for bit. Optimizers are to be made anew after that.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -45,7 +53,7 @@ class ChunkedHypernet(nn.Module):
     Weights start Xavier-uniform, biases at 0, embeddings standard normal, as in the papers' experiments.
 
     Raises:
-        ValueError: a size below 1, an unknown activation or layout, or a target that cannot be generated.
+        ValueError: a size below 1, an unknown option, a pattern that matches nothing, or a target that cannot be generated.
     """
 
     def __init__(
@@ -60,6 +68,9 @@ class ChunkedHypernet(nn.Module):
         activation: str = "relu",
         outputs_per_task: int | None = None,
         layout: str = "flat",
+        generate: str | Sequence[str] = "*",
+        rest: str = "frozen",
+        grow_heads: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -70,12 +81,14 @@ class ChunkedHypernet(nn.Module):
             raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
-        self.target = Target(target, outputs_per_task)
+        if rest not in ("frozen", "trained"):
+            raise ValueError(f"rest must be 'frozen' or 'trained', got {rest!r}")
+        self.target = Target(target, outputs_per_task, generate=generate, rest=rest, dtype=dtype)
+        if grow_heads and not self.target.can_add_head:
+            raise ValueError("grow_heads needs outputs_per_task, and a last layer that is generated")
         matrices = self.target.matrices() if layout == "aligned" else []
         self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads, matrices)
-        self._parts = [[p for span in b.ranges for p in self.target.parts(span)] for b in self.layout.blocks]
-        in_rows = {parts[0][0] for b, parts in zip(self.layout.blocks, self._parts, strict=True) if b.rows}
-        self._fused = self.target.take_products(in_rows)
+        self._generator = Generator(self.layout, self.target)
         self.config: dict[str, Any] = {
             "chunk_size": chunk_size,
             "hidden": list(hidden),
@@ -84,6 +97,9 @@ class ChunkedHypernet(nn.Module):
             "activation": activation,
             "outputs_per_task": outputs_per_task,
             "layout": layout,
+            "generate": generate if isinstance(generate, str) else list(generate),
+            "rest": rest,
+            "grow_heads": grow_heads,
             "seed": seed,
             "dtype": str(dtype).removeprefix("torch."),
         }
@@ -98,8 +114,13 @@ class ChunkedHypernet(nn.Module):
         )
         self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
-        basis = _xavier(self.layout.chunk_size, widths[-1], generator, dtype)
-        self.basis = nn.Parameter(torch.cat([basis, basis.new_zeros(len(basis), 1)], 1))  # last column: the bias
+        self.basis = nn.Parameter(_with_bias(_xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
+        self.statistics = self.target.statistics
+        for name, tensor in self.target.shared().items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(_key(name), tensor)
+            else:
+                self.register_buffer(_key(name), tensor, persistent=self.target.is_persistent(name))
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -120,15 +141,26 @@ class ChunkedHypernet(nn.Module):
         layers = zip(self.trunk_weights, self.trunk_biases, strict=True)
         return [self.chunk_embeddings, *(parameter for layer in layers for parameter in layer), self.basis]
 
+    @property
+    def rest(self) -> list[nn.Parameter]:
+        """The target's parameters that are not generated; frozen ones require no gradient."""
+        return [tensor for tensor in self.target.shared().values() if isinstance(tensor, nn.Parameter)]
+
     def add_task(self) -> int:
-        """Gives a new task its embedding and returns its index. Which one depends on ``seed`` and the index alone.
+        """Gives a new task its embedding, statistics and, with ``grow_heads``, its output head; returns its index.
+
+        Which embedding, and how a head starts, depends on ``seed`` and the index alone.
 
         Raises:
             ValueError: the target has no output head left for it.
         """
-        index = self.num_tasks
-        if self.target.heads and index >= len(self.target.heads):
-            raise ValueError(f"the target has {len(self.target.heads)} output heads, no room for task {index}")
+        index, heads = self.num_tasks, self.target.num_heads
+        if heads is not None and index >= heads:
+            if not self.config["grow_heads"]:
+                raise ValueError(f"the target has {heads} output heads, no room for task {index}; grow_heads=True adds some")
+            self._add_head(index)
+        if self.statistics is not None:
+            self.statistics.add_task()
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index))
         embedding = torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
         self.task_embeddings.append(nn.Parameter(embedding.to(self.basis.device)))
@@ -141,13 +173,33 @@ class ChunkedHypernet(nn.Module):
         """
         return run_trunk(self.theta if theta is None else theta, embeddings, self.activation).features
 
-    def generate(self, task: int) -> dict[str, Tensor]:
-        """The target's weights for ``task``, named and shaped as in its ``state_dict()``: views of one buffer.
+    def generate(self, task: int | Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """The target's generated weights, named and shaped as in its ``state_dict()``.
+
+        Of one task they are views of one buffer. Of a sequence or int64 tensor of K tasks, in any order, they are
+        ``[K, ...]``, one product for all; ``torch.func.vmap`` runs the target under them.
 
         Raises:
             IndexError: no such task.
         """
-        return self._weights(task)[0]
+        if isinstance(task, Tensor):
+            task = task.tolist()
+        if isinstance(task, Sequence):
+            if not task:
+                raise ValueError("generate needs a task, or a sequence of at least one")
+            return self._generator.stacked(self.features(self._embeddings(task)), self.basis)
+        return self._weights(task, range(self._generator.num_base, len(self.layout.blocks)))[0]
+
+    def task_state_dict(self, task: int) -> dict[str, Tensor]:
+        """Copies of all that a module of the target's own class loads to be the target of ``task``, without fasthyper.
+
+        They are its generated weights, the parameters and buffers that tasks share, and its batch-norm statistics.
+
+        Raises:
+            IndexError: no such task.
+        """
+        with torch.no_grad():
+            return self.target.state_dict(self.generate(task), task)
 
     def embedding(self, task: int) -> nn.Parameter:
         """Task embedding ``[E]``.
@@ -161,72 +213,105 @@ class ChunkedHypernet(nn.Module):
             )
         return self.task_embeddings[task]
 
-    def forward(self, inputs: Tensor, task: int) -> Tensor:
-        """The target's outputs ``[B, num_classes]`` for ``inputs`` ``[B, ...]``, with the weights of ``task``."""
-        weights, products = self._weights(task, self._fused)
-        return self.target(weights, inputs, task, products)
+    def forward(self, inputs: Tensor | tuple[Any, ...], task: int | Tensor, **options: Any) -> Any:
+        """The target's outputs ``[B, num_classes]`` for ``inputs``, with the weights of ``task``.
 
-    def _weights(self, task: int, fused: Container[str] = ()) -> tuple[dict[str, Tensor], dict[str, _Rows]]:
-        """The target's weights, and in their place products for those in ``fused``."""
-        h = self.features(self.embedding(task)[None])[0]
-        found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
-        products, made = {}, []
-        for block, parts in zip(self.layout.blocks, self._parts, strict=True):
-            if block.rows and parts[0][0] in fused:
-                products[parts[0][0]] = _Rows(h[block.chunk_lo : block.chunk_hi], self.basis, block)
-            else:
-                made.append((block, parts))
-        blocks = [((b.chunk_lo, b.chunk_hi), (b.col_lo, b.col_lo + b.size), [s for _, s in parts]) for b, parts in made]
-        names = [name for _, parts in made for name, _ in parts]
-        for name, weight in zip(names, ops.generate_blocks(h, self.basis, blocks) if blocks else (), strict=True):
-            found[name].append(weight)
-        weights = {}
-        for name, shape in zip(self.target.names, self.target.shapes, strict=True):
-            if name in products:
-                products[name].rest = _join(found[name], (-1, shape[1])) if found[name] else None
-            else:
-                weights[name] = _join(found[name], shape)
-        return weights, products
+        Args:
+            inputs: ``[B, ...]``, or a tuple of all positional arguments of the target's ``forward``.
+            task: one for all examples, or int64 ``[B]``, that of each example: outputs and gradients are those of a call for
+                each task with its examples; the module's output must be one tensor ``[B, ...]``.
+            options: keyword arguments of the target's ``forward``, the same for all tasks.
+
+        Raises:
+            IndexError: no such task.  ValueError, TypeError: tasks, inputs or outputs that cannot be told apart by example.
+        """
+        if isinstance(task, Tensor):
+            if task.ndim:
+                return self._mixed(inputs, task, options)
+            task = int(task)
+        if len(self.layout.blocks) == self._generator.num_base:
+            weights, products = self._weights(task, (), self._generator.fused)
+            return self.target(weights, inputs, task, products, options=options)
+        heads, first = self._own_head(task)
+        weights, products = self._weights(task, heads, self._generator.fused)
+        return self.target(weights, inputs, task, products, options=options, first_output=first)
+
+    def _mixed(self, inputs: Tensor | tuple[Any, ...], task: Tensor, options: dict[str, Any]) -> Tensor:
+        batch = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task)
+        self._embeddings(batch.tasks)  # all of them must be there
+        together = not self._generator.fused and len(self.layout.blocks) == self._generator.num_base
+        return batch.run(
+            self.target,
+            lambda task, args: self.forward(args, task, **options),
+            (lambda tasks: self.generate(tasks)) if together else None,
+            options,
+        )
+
+    def _embeddings(self, tasks: Sequence[int]) -> Tensor:
+        rows: list[Tensor] = [self.embedding(task) for task in tasks]
+        return torch.stack(rows) if rows else self.basis.new_empty(0, self.task_dim)
+
+    def _features(self, task: int, block: Block | None = None) -> Tensor:
+        """Features of the chunks that were there at first, or of those of one block, ``[N, H]``.
+
+        Each set of chunks is always run through the trunk alone: as heads are added, those of old tasks keep every bit.
+        """
+        theta: list[Tensor] = list(self.theta)
+        if block is not None:
+            theta[0] = theta[0][block.chunk_lo : block.chunk_hi]
+        elif self.layout.num_chunks > self._generator.num_base_chunks:
+            theta[0] = theta[0][: self._generator.num_base_chunks]
+        return run_trunk(theta, self.embedding(task)[None], self.activation).features[0]
+
+    def _weights(self, task: int, heads: Iterable[int], fused: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``Generator.weights`` makes for ``task``, ``heads`` of later blocks with it."""
+        own = [(number, self._features(task, self.layout.blocks[number])) for number in heads]
+        return self._generator.weights(self._features(task), self.basis, fused, own)
+
+    def _own_head(self, task: int) -> tuple[list[int], int | None]:
+        """The block of a later head, if it is the task's own, and where its outputs then begin."""
+        later = task - (self.target.num_heads or 0) + len(self.layout.blocks) - self._generator.num_base
+        if self.target.num_heads is None or later < 0:
+            return [], None
+        return [self._generator.num_base + later], (task - later) * (self.target.outputs_per_task or 0)
+
+    def _add_head(self, index: int) -> None:
+        block = self.layout.add_head(self.target.add_head(), in_new_columns=self.config["chunk_size"] is None)
+        self._generator.add_block(block)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
+        grown, size = (self.basis, block.size) if block.col_lo else (self.chunk_embeddings, block.num_chunks)
+        if grown is self.basis:
+            more = _with_bias(_xavier(size, self.width, generator, grown.dtype))
+        else:
+            more = torch.randn(size, grown.shape[1], generator=generator, dtype=grown.dtype)
+        grown.data, grown.grad = torch.cat([grown.data, more.to(grown.device)]), None
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
-        self.target.train(mode)
+        self.target.module.train(mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChunkedHypernet:
         super()._apply(fn, recurse)
-        self.target.convert_buffers(fn)
+        self._place_shared()
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._place_shared()  # those that were assigned rather than copied
 
-class _Rows:
-    """A linear layer's weight, never stored: rows that the chunks of a block generate, and ``rest``, rows laid elsewhere."""
-
-    def __init__(self, h: Tensor, basis: Tensor, block: Block):
-        self.h, self.basis, self.rows = h, basis, block.rows
-        self.shape = torch.Size([len(h) * block.rows, block.size // block.rows])
-        self.rest: Tensor | None = None
-
-    def weight(self) -> Tensor:
-        (weight,) = ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape])
-        return weight if self.rest is None else torch.cat([weight, self.rest])
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        num_outputs, num_inputs = self.shape
-        if x.shape[-1:] != (num_inputs,):
-            raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
-        flat, with_grad = x.reshape(-1, num_inputs), torch.is_grad_enabled() and self.h.requires_grad
-        (chunks, width), with_grad_x = self.h.shape, with_grad and x.requires_grad
-        factorised = factorises(len(flat), num_inputs, self.rows, chunks, width, with_grad, with_grad_x)
-        y = ops.hyper_linear(flat, self.h, self.basis, rows=self.rows, num_outputs=num_outputs, factorised=factorised)
-        y = y if self.rest is None else torch.cat([y, F.linear(flat, self.rest)], 1)
-        y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], y.shape[1])
+    def _place_shared(self) -> None:
+        """Gives the target the tensors that this module now has of what all tasks share."""
+        for name in self.target.shared():
+            self.target.place_shared(name, getattr(self, _key(name)))
 
 
-def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].view(shape)
-    return torch.cat([part.flatten() for part in parts]).view(shape)
+def _key(name: str) -> str:
+    """Under which name this module keeps a target's parameter or buffer: one without dots, and of no attribute."""
+    return f"target/{name.replace('.', '/')}"
+
+
+def _with_bias(weight: Tensor) -> Tensor:
+    return torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
 
 
 def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
