@@ -72,12 +72,14 @@ class MixedBatch:
         outputs = []
         for start, (count, tasks) in zip(accumulate(sizes, initial=0), self.groups.items(), strict=False):
             parts = [_rows(self._args, start + i * count, count) for i in range(len(tasks))]
-            found = None
-            if generate is not None and len(tasks) > 1 and _may_vmap(target):
+            found, may_vmap = None, generate is not None and len(tasks) > 1 and _may_vmap(target)
+            if generate is not None and may_vmap:
                 stacked = _rows(self._args, start, count * len(tasks), (len(tasks), count))
                 found = _run_together(target, generate(tasks), tasks, stacked, options)
             if found is None:
                 found = [run_one(task, part) for task, part in zip(tasks, parts, strict=True)]
+            if may_vmap:  # known once the inputs turned out to be sound
+                target.vmaps.setdefault(_mode(target), False)
             for part in found:
                 if not isinstance(part, Tensor) or part.ndim < 1 or part.shape[0] != count:
                     raise TypeError("a batch of several tasks needs a target whose output is one tensor, a row per example")
@@ -100,7 +102,7 @@ def _mode(target: Target) -> tuple[bool, bool]:
 def _run_together(
     target: Target, weights: dict[str, Tensor], tasks: Sequence[int], args: tuple[Any, ...], options: dict[str, Any]
 ) -> list[Any] | None:
-    """Outputs of each task, or ``None`` where ``vmap`` cannot run the target, which is then remembered."""
+    """Outputs of each task, or ``None`` where ``vmap`` cannot run the target."""
     if target.statistics is not None:
         weights = {**weights, **target.statistics.stacked(tasks)}
     dims = tuple(0 if isinstance(arg, Tensor) else None for arg in args)
@@ -116,9 +118,11 @@ def _run_together(
             warnings.filterwarnings("error", message=".*batching rule")  # vmap would do those one by one
             outputs = together(weights, *args)
     except Exception:  # of any kind: vmap refuses in many ways, and a fault of the inputs is named by running task by task
-        outputs = None
-    target.vmaps[_mode(target)] = isinstance(outputs, Tensor)
-    return target.own_outputs(outputs, tasks) if isinstance(outputs, Tensor) else None
+        return None
+    if not isinstance(outputs, Tensor):
+        return None
+    target.vmaps[_mode(target)] = True
+    return target.own_outputs(outputs, tasks)
 
 
 def _rows(args: tuple[Any, ...], start: int, count: int, shape: tuple[int, ...] | None = None) -> tuple[Any, ...]:

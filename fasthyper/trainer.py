@@ -39,8 +39,8 @@ class Trainer:
 
     Each step: g1 = gradient of the task loss; delta = the step the optimizer would take on g1 alone; g2 = beta times the
     gradient of the drift at theta + delta; theta steps on g1 + g2; the task's own embedding steps on the task loss, with an
-    optimizer of its own. So do, at ``lr``, the target's parameters that are trained rather than generated, which nothing holds
-    for past tasks. Optimizers are new for each task. The loss is cross-entropy.
+    optimizer of its own. So do, at ``lr``, those of the target's parameters that are trained rather than generated; nothing
+    holds them for past tasks. Optimizers are new for each task. The loss is cross-entropy.
 
     Args:
         hnet: the hypernetwork; trained in place.
