@@ -34,6 +34,14 @@ class Generator:
         self._parts.append(self._parts_of(block))
         self._grown |= {name for name, _ in self._parts[-1]}
 
+    def own_head(self, task: int) -> tuple[Sequence[int], int | None]:
+        """The number of the later block that is the task's own head, if one is, and where its outputs then begin."""
+        heads, num_later = self.target.num_heads, len(self._parts) - self.num_base
+        if not num_later or heads is None or task < heads - num_later:
+            return (), None
+        later = task - (heads - num_later)
+        return [self.num_base + later], (task - later) * (self.target.outputs_per_task or 0)
+
     def weights(
         self, h: Tensor, basis: Tensor, fused: Container[str] = (), heads: Sequence[tuple[int, Tensor]] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Product]]:

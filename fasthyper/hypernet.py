@@ -116,11 +116,11 @@ class ChunkedHypernet(nn.Module):
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
         self.basis = nn.Parameter(_with_bias(_xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
         self.statistics = self.target.statistics
-        for name, tensor in self.target.shared().items():
+        for key, tensor in self.target.shared().items():
             if isinstance(tensor, nn.Parameter):
-                self.register_parameter(_key(name), tensor)
+                self.register_parameter(key, tensor)
             else:
-                self.register_buffer(_key(name), tensor, persistent=self.target.is_persistent(name))
+                self.register_buffer(key, tensor, persistent=self.target.is_persistent(key))
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -229,23 +229,26 @@ class ChunkedHypernet(nn.Module):
             if task.ndim:
                 return self._mixed(inputs, task, options)
             task = int(task)
-        if len(self.layout.blocks) == self._generator.num_base:
-            weights, products = self._weights(task, (), self._generator.fused)
-            return self.target(weights, inputs, task, products, options=options)
-        heads, first = self._own_head(task)
+        heads, first = self._generator.own_head(task)
         weights, products = self._weights(task, heads, self._generator.fused)
         return self.target(weights, inputs, task, products, options=options, first_output=first)
 
     def _mixed(self, inputs: Tensor | tuple[Any, ...], task: Tensor, options: dict[str, Any]) -> Tensor:
-        batch = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task)
-        self._embeddings(batch.tasks)  # all of them must be there
-        together = not self._generator.fused and len(self.layout.blocks) == self._generator.num_base
-        return batch.run(
-            self.target,
-            lambda task, args: self.forward(args, task, **options),
-            (lambda tasks: self.generate(tasks)) if together else None,
-            options,
-        )
+        batch, made = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task), self._generator
+        embeddings = self._embeddings(batch.tasks)
+        if len(self.layout.blocks) > made.num_base:
+            return batch.run(self.target, lambda i, args: self.forward(args, batch.tasks[i], **options), None, options)
+        features = self.features(embeddings)
+        h = features.unbind()
+
+        def run_one(i: int, args: tuple[Any, ...]) -> Any:
+            weights, products = made.weights(h[i], self.basis, made.fused)
+            return self.target(weights, args, batch.tasks[i], products, options=options)
+
+        def generate(tasks: list[int]) -> dict[str, Tensor]:
+            return made.stacked(features[tasks], self.basis)
+
+        return batch.run(self.target, run_one, generate, options)
 
     def _embeddings(self, tasks: Sequence[int]) -> Tensor:
         rows: list[Tensor] = [self.embedding(task) for task in tasks]
@@ -268,22 +271,15 @@ class ChunkedHypernet(nn.Module):
         own = [(number, self._features(task, self.layout.blocks[number])) for number in heads]
         return self._generator.weights(self._features(task), self.basis, fused, own)
 
-    def _own_head(self, task: int) -> tuple[list[int], int | None]:
-        """The block of a later head, if it is the task's own, and where its outputs then begin."""
-        later = task - (self.target.num_heads or 0) + len(self.layout.blocks) - self._generator.num_base
-        if self.target.num_heads is None or later < 0:
-            return [], None
-        return [self._generator.num_base + later], (task - later) * (self.target.outputs_per_task or 0)
-
     def _add_head(self, index: int) -> None:
         block = self.layout.add_head(self.target.add_head(), in_new_columns=self.config["chunk_size"] is None)
         self._generator.add_block(block)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
-        grown, size = (self.basis, block.size) if block.col_lo else (self.chunk_embeddings, block.num_chunks)
-        if grown is self.basis:
-            more = _with_bias(_xavier(size, self.width, generator, grown.dtype))
+        if block.col_lo:
+            grown, more = self.basis, _with_bias(_xavier(block.size, self.width, generator, self.basis.dtype))
         else:
-            more = torch.randn(size, grown.shape[1], generator=generator, dtype=grown.dtype)
+            grown, size = self.chunk_embeddings, (block.num_chunks, self.chunk_embeddings.shape[1])
+            more = torch.randn(size, generator=generator, dtype=grown.dtype)
         grown.data, grown.grad = torch.cat([grown.data, more.to(grown.device)]), None
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
@@ -301,13 +297,8 @@ class ChunkedHypernet(nn.Module):
 
     def _place_shared(self) -> None:
         """Gives the target the tensors that this module now has of what all tasks share."""
-        for name in self.target.shared():
-            self.target.place_shared(name, getattr(self, _key(name)))
-
-
-def _key(name: str) -> str:
-    """Under which name this module keeps a target's parameter or buffer: one without dots, and of no attribute."""
-    return f"target/{name.replace('.', '/')}"
+        for key in self.target.shared():
+            self.target.place_shared(key, getattr(self, key))
 
 
 def _with_bias(weight: Tensor) -> Tensor:

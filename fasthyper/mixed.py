@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fasthyper.target import Target
+from fasthyper import nets
+from fasthyper.target import ProductLinear, Target
+
+MOST_WEIGHTS = 1 << 16  # of a target, up to which the overhead of a call per task outweighs moving all weights once more
 
 
 class MixedBatch:
-    """Examples sorted by task, and tasks by their number of examples.
+    """The examples of each task, and which tasks are run at once, by ``torch.func.vmap``.
 
-    Tasks with as many examples each run at once by ``torch.func.vmap``, so that nothing is padded and a layer that looks
-    across its batch sees one task's examples. A batch of B examples has fewer than sqrt(2 B) such groups.
+    They are tasks of as many examples each, so that a layer that looks across its batch sees one task's examples; a batch of
+    B has fewer than sqrt(2 B) such groups. Where all layers go by example, parts of different sizes are filled up instead,
+    with examples that are dropped again, at most as many as there are.
 
     Args:
         args: positional inputs; tensors have one row per example, what is no tensor goes to every task.
@@ -30,102 +34,126 @@ class MixedBatch:
     def __init__(self, args: tuple[Any, ...], task: Tensor):
         if task.dtype != torch.int64:
             raise TypeError(f"task must be a number or an int64 tensor [B], got {task.dtype}")
-        lengths = {arg.shape[0] if arg.ndim else 0 for arg in args if isinstance(arg, Tensor)}
-        if task.ndim != 1 or not len(task) or lengths != {len(task)}:
-            shapes = [list(arg.shape) for arg in args if isinstance(arg, Tensor)]
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if task.ndim != 1 or not len(task) or not tensors or any(arg.shape[:1] != task.shape for arg in tensors):
+            shapes = [list(arg.shape) for arg in tensors]
             raise ValueError(f"task must hold one number per example, got {list(task.shape)} for inputs of shape {shapes}")
-        numbers, count_of = task.unique(return_counts=True)
-        counted = list(zip(count_of.tolist(), numbers.tolist(), strict=True))  # the one read from the device
-        self.groups: dict[int, list[int]] = {}  # number of examples -> tasks that have as many
-        for count, number in sorted(counted):
-            self.groups.setdefault(count, []).append(number)
-        count_by_example = count_of[torch.searchsorted(numbers, task)]
-        self._order = task.argsort(stable=True)
-        self._order = self._order[count_by_example[self._order].argsort(stable=True)]
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        self._order = self._order.to(device)
-        self._args = tuple(arg.index_select(0, self._order) if isinstance(arg, Tensor) else arg for arg in args)
+        numbers, counts = task.unique(return_counts=True)
+        self.tasks, self.counts = torch.stack([numbers, counts]).tolist()  # the one read from the device
+        self._starts = list(accumulate(self.counts, initial=0))
+        self._args, self._order = args, task.argsort(stable=True).to(tensors[0].device)
 
-    @property
-    def tasks(self) -> list[int]:
-        return [task for tasks in self.groups.values() for task in tasks]
+    def groups(self, fill: bool) -> list[list[int]]:
+        """Positions in ``tasks`` of those that are run at once, the larger parts first."""
+        groups: list[list[int]] = []
+        for i in sorted(range(len(self.tasks)), key=lambda i: -self.counts[i]):
+            largest, real = (self.counts[groups[-1][0]], sum(self.counts[j] for j in groups[-1])) if groups else (0, 0)
+            together = (len(groups[-1]) + 1) * largest <= 2 * (real + self.counts[i]) if groups and fill else False
+            if together or largest == self.counts[i]:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
 
     def run(
         self,
         target: Target,
         run_one: Callable[[int, tuple[Any, ...]], Any],
-        generate: Callable[[Sequence[int]], dict[str, Tensor]] | None,
+        generate: Callable[[list[int]], dict[str, Tensor]] | None,
         options: dict[str, Any],
     ) -> Tensor:
         """Outputs ``[B, ...]``, in the order of the examples.
 
         Args:
             target: which runs several tasks at once where it can.
-            run_one: outputs of one task for its positional inputs.
-            generate: stacked weights of several tasks; ``None``: tasks are run one by one.
+            run_one: outputs of the task at a position in ``tasks``, for its positional inputs.
+            generate: stacked weights of the tasks at these positions; ``None``: tasks are run one by one.
             options: keyword inputs.
 
         Raises:
             TypeError: outputs that are no tensor with one row per example.
         """
-        sizes = [count * len(tasks) for count, tasks in self.groups.items()]
-        outputs = []
-        for start, (count, tasks) in zip(accumulate(sizes, initial=0), self.groups.items(), strict=False):
-            parts = [_rows(self._args, start + i * count, count) for i in range(len(tasks))]
-            found, may_vmap = None, generate is not None and len(tasks) > 1 and _may_vmap(target)
-            if generate is not None and may_vmap:
-                stacked = _rows(self._args, start, count * len(tasks), (len(tasks), count))
-                found = _run_together(target, generate(tasks), tasks, stacked, options)
-            if found is None:
-                found = [run_one(task, part) for task, part in zip(tasks, parts, strict=True)]
-            if may_vmap:  # known once the inputs turned out to be sound
+        found, rows = [], []
+        for group in self.groups(generate is not None and goes_by_example(target.module)):
+            y, tried = None, generate is not None and len(group) > 1 and _may_vmap(target)
+            if generate is not None and tried:
+                y = self._run_together(target, generate(group), group, options)
+            if y is None:
+                y = torch.cat([self._checked(run_one(i, self._rows([i])), self.counts[i]) for i in group])
+            if tried:  # known once the inputs turned out to be sound
                 target.vmaps.setdefault(_mode(target), False)
-            for part in found:
-                if not isinstance(part, Tensor) or part.ndim < 1 or part.shape[0] != count:
-                    raise TypeError("a batch of several tasks needs a target whose output is one tensor, a row per example")
-            outputs += found
-        y = torch.cat(outputs)
-        back = torch.empty_like(self._order)
-        back[self._order] = torch.arange(len(back), device=back.device)
-        return y.index_select(0, back)
+            found.append(y)
+            rows += [self._order[self._starts[i] : self._starts[i + 1]] for i in group]
+        order = torch.cat(rows)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return torch.cat(found).index_select(0, back)
+
+    def _rows(self, group: list[int]) -> tuple[Any, ...]:
+        """The inputs of a group one after the other."""
+        rows = torch.cat([self._order[self._starts[i] : self._starts[i + 1]] for i in group])
+        return tuple(arg.index_select(0, rows) if isinstance(arg, Tensor) else arg for arg in self._args)
+
+    def _run_together(
+        self, target: Target, weights: dict[str, Tensor], group: list[int], options: dict[str, Any]
+    ) -> Tensor | None:
+        """Outputs of a group one after the other, or ``None`` where ``vmap`` cannot run the target."""
+        tasks, counts = [self.tasks[i] for i in group], torch.tensor([self.counts[i] for i in group])
+        place = torch.arange(int(counts[0]))  # the last example of a smaller part stands in for those that it lacks
+        starts = torch.tensor([self._starts[i] for i in group])
+        index = (starts[:, None] + place.minimum(counts[:, None] - 1)).to(self._order.device)
+        args = tuple(arg[self._order[index]] if isinstance(arg, Tensor) else arg for arg in self._args)
+        if target.statistics is not None:
+            weights = {**weights, **target.statistics.stacked(tasks)}
+
+        def run(weights: dict[str, Tensor], *args: Any) -> Any:
+            return torch.func.functional_call(target.module, weights, args, options)
+
+        dims = tuple(0 if isinstance(arg, Tensor) else None for arg in args)
+        together = torch.func.vmap(run, in_dims=(0, *dims), randomness="different")
+        if target.vmaps.get(_mode(target)):
+            y = together(weights, *args)
+        else:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message=".*batching rule")  # vmap would do those one by one
+                    y = together(weights, *args)
+            except Exception:  # vmap refuses in many ways; what is wrong with the inputs is said when each task is run alone
+                return None
+            if not isinstance(y, Tensor):
+                return None
+            target.vmaps[_mode(target)] = True
+        y = target.own_outputs(self._checked(y, len(group), len(place)), tasks).flatten(0, 1)
+        return y[(place < counts[:, None]).flatten().to(y.device)] if min(counts) < len(place) else y
+
+    @staticmethod
+    def _checked(y: Any, *shape: int) -> Tensor:
+        if not isinstance(y, Tensor) or y.shape[: len(shape)] != shape:
+            raise TypeError("a batch of several tasks needs a target whose output is one tensor, a row per example")
+        return y
+
+
+def goes_by_example(module: nn.Module) -> bool:
+    """Whether a module is known to treat each example of a batch by itself, at a cost that hardly grows with their number."""
+    return all(
+        type(layer) in _BY_EXAMPLE
+        or (type(layer) is nn.BatchNorm1d and not layer.training and layer.running_mean is not None)
+        or (type(layer) is nn.Flatten and layer.start_dim > 0)
+        for layer in module.modules()
+    )
+
+
+_BY_EXAMPLE = {
+    *(nn.Sequential, nn.ModuleList, nn.Identity, nets.MLP, nn.Linear, ProductLinear, nn.LayerNorm, nn.Dropout),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+}
 
 
 def _may_vmap(target: Target) -> bool:
-    """Statistics are written where they lie, which a stacked copy of them would miss."""
-    return target.vmaps.get(_mode(target), True) and not (target.module.training and target.statistics is not None)
+    """Not where it costs more, nor where statistics are written to: a stacked copy of them would be."""
+    writes = target.module.training and target.statistics is not None
+    return target.num_weights <= MOST_WEIGHTS and not writes and target.vmaps.get(_mode(target), True)
 
 
 def _mode(target: Target) -> tuple[bool, bool]:
     return target.module.training, torch.is_grad_enabled()
-
-
-def _run_together(
-    target: Target, weights: dict[str, Tensor], tasks: Sequence[int], args: tuple[Any, ...], options: dict[str, Any]
-) -> list[Any] | None:
-    """Outputs of each task, or ``None`` where ``vmap`` cannot run the target."""
-    if target.statistics is not None:
-        weights = {**weights, **target.statistics.stacked(tasks)}
-    dims = tuple(0 if isinstance(arg, Tensor) else None for arg in args)
-
-    def run(weights: dict[str, Tensor], *args: Any) -> Any:
-        return torch.func.functional_call(target.module, weights, args, options)
-
-    together = torch.func.vmap(run, in_dims=(0, *dims), randomness="different")
-    if target.vmaps.get(_mode(target)):
-        return target.own_outputs(together(weights, *args), tasks)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*batching rule")  # vmap would do those one by one
-            outputs = together(weights, *args)
-    except Exception:  # of any kind: vmap refuses in many ways, and a fault of the inputs is named by running task by task
-        return None
-    if not isinstance(outputs, Tensor):
-        return None
-    target.vmaps[_mode(target)] = True
-    return target.own_outputs(outputs, tasks)
-
-
-def _rows(args: tuple[Any, ...], start: int, count: int, shape: tuple[int, ...] | None = None) -> tuple[Any, ...]:
-    """``count`` rows of the tensors among ``args``, as ``shape``."""
-    rows = (arg.narrow(0, start, count) if isinstance(arg, Tensor) else arg for arg in args)
-    return tuple(arg.unflatten(0, shape) if isinstance(arg, Tensor) and shape else arg for arg in rows)

@@ -95,7 +95,8 @@ class Target:
         for layer in self.module.modules():
             for key, tensor in (*layer._parameters.items(), *layer._buffers.items()):
                 homes.setdefault(id(tensor), []).append((layer, key))
-        self._homes = {name: homes[id(t)] for name, t in own.items() if name not in chosen and name not in statistics}
+        shared = {name: tensor for name, tensor in own.items() if name not in chosen and name not in statistics}
+        self._homes = {f"target/{name.replace('.', '/')}": homes[id(tensor)] for name, tensor in shared.items()}
         self._linears: dict[str, ProductLinear] = {}
         self.vmaps: dict[tuple[bool, bool], bool] = {}  # (training, with gradients) -> whether vmap can run it
 
@@ -154,11 +155,12 @@ class Target:
         first = task * self.outputs_per_task if first_output is None else first_output
         return outputs[:, first : first + self.outputs_per_task]
 
-    def own_outputs(self, outputs: Tensor, tasks: Sequence[int]) -> list[Tensor]:
+    def own_outputs(self, outputs: Tensor, tasks: Sequence[int]) -> Tensor:
         """Of outputs ``[K, B, ...]`` of K tasks, made with all heads, each task's own."""
-        k = self.outputs_per_task
-        rows = zip(tasks, outputs.unbind(), strict=True)
-        return [y if k is None else y[:, task * k : (task + 1) * k] for task, y in rows]
+        if self.outputs_per_task is None:
+            return outputs
+        own = torch.tensor(tasks, device=outputs.device)
+        return outputs.unflatten(2, (-1, self.outputs_per_task))[torch.arange(len(own), device=own.device), :, own]
 
     def matrices(self) -> list[Matrix]:
         """The weights of linear and convolutional layers, a row per output (or per input, where they are transposed)."""
@@ -213,15 +215,18 @@ class Target:
         return self.num_weights - start
 
     def shared(self) -> dict[str, Tensor]:
-        """What all tasks share as it is: parameters that are not generated, and buffers that are not a task's own."""
+        """What all tasks share: parameters that are not generated, and buffers that are not a task's own.
+
+        They go by names without dots, ``target/layer4/bias``, as any module may register them.
+        """
         return {name: getattr(layer, key) for name, ((layer, key), *_) in self._homes.items()}
 
-    def is_persistent(self, buffer: str) -> bool:
+    def is_persistent(self, shared_buffer: str) -> bool:
         """Whether a buffer belongs in a ``state_dict``."""
-        return all(key not in layer._non_persistent_buffers_set for layer, key in self._homes[buffer])
+        return all(key not in layer._non_persistent_buffers_set for layer, key in self._homes[shared_buffer])
 
     def place_shared(self, name: str, tensor: Tensor) -> None:
-        """Puts another tensor in the place of one that is shared."""
+        """Puts another tensor in the place of a shared one."""
         for layer, key in self._homes[name]:
             setattr(layer, key, tensor)
 

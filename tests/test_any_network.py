@@ -292,7 +292,7 @@ def test_growing_heads_leave_old_tasks_as_they_were(options):
     assert rectangles == [[hnet.layout.rectangles(s) for s in hnet.layout.shared + hnet.layout.heads[t]] for t in range(2)]
     for t in range(5):
         weights = hnet.generate(t)
-        full = torch.func.functional_call(fh.nets.MLP(6, (5,), 4), {**dict(hnet.target.shared()), **weights}, (x,))
+        full = torch.func.functional_call(fh.nets.MLP(6, (5,), 4), hnet.task_state_dict(t), (x,))
         assert oracle.relative_error(hnet(x, t).detach(), full[:, 2 * t : 2 * t + 2].detach()) < 1e-6
         assert torch.equal(hnet.target(weights, x, t), full[:, 2 * t : 2 * t + 2])
     built = make(fh.nets.MLP(6, (5,), 4), 5, outputs_per_task=2, grow_heads=True, dtype=torch.float32, **options)

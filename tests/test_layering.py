@@ -29,7 +29,7 @@ ALLOWED = {
     "heads": {"layout"},
     "target": {"batchnorm", "heads", "layout", "patterns"},
     "generation": {"layout", "ops", "planner", "target"},
-    "mixed": {"target"},
+    "mixed": {"nets", "target"},
     "environment": {"version", "_backend"},
     "checkpoint": {"errors"},
     "lookahead": {"ops"},

@@ -8,6 +8,7 @@ from test_any_network import gradients
 from torch import nn
 
 import fasthyper as fh
+from fasthyper import mixed
 from fasthyper.mixed import MixedBatch
 
 TASKS = torch.tensor([3, 0, 3, 2, 0, 4, 3, 0, 4, 3, 2])  # as many examples of 2 as of 4; of 0 and 3 others
@@ -64,6 +65,14 @@ def test_tasks_of_as_many_examples_run_at_once(name, training, together, monkeyp
     monkeypatch.setattr(torch.func, "functional_call", lambda *args: calls.append(1) or call(*args))
     hnet(batch(shape, 12), EQUAL)
     assert len(calls) == (1 if together else 4)
+
+
+def test_large_targets_are_run_task_by_task(monkeypatch):
+    monkeypatch.setattr(mixed, "MOST_WEIGHTS", 59)
+    for width, together in ((5, True), (6, False)):
+        hnet, x = make(fh.nets.MLP(6, (width,), 4), 5, layout="aligned"), batch((6,), 12)
+        assert oracle.relative_error(hnet(x, EQUAL).detach(), by_task(hnet, x, EQUAL).detach()) < 1e-12
+        assert (hnet.target.vmaps != {}) == together
 
 
 def test_a_lone_example_of_a_task_cannot_be_normalised():
@@ -135,11 +144,17 @@ def test_what_cannot_be_told_apart_raises():
 
 
 def test_a_batch_has_few_groups():
-    tasks = torch.cat([torch.full((n,), n) for n in (1, 2, 3, 3, 4)]).roll(5)
-    mixed = MixedBatch((batch((2,), len(tasks)),), tasks)
-    assert mixed.groups == {1: [1], 2: [2], 4: [4], 6: [3]}
+    def groups(tasks, fill):
+        parts = MixedBatch((batch((2,), len(tasks)),), tasks)
+        return [[(parts.tasks[i], parts.counts[i]) for i in group] for group in parts.groups(fill)]
+
+    tasks = torch.cat([torch.full((n,), task) for task, n in enumerate([1, 2, 9, 2, 4, 1])]).roll(5)
+    assert groups(tasks, False) == [[(2, 9)], [(4, 4)], [(1, 2), (3, 2)], [(0, 1), (5, 1)]]
+    assert groups(tasks, True) == [[(2, 9), (4, 4), (1, 2)], [(3, 2), (0, 1), (5, 1)]]
     tasks = torch.randint(100, (128,), generator=torch.Generator().manual_seed(0))
-    assert len(MixedBatch((batch((2,), 128),), tasks).groups) <= 16
+    assert len(groups(tasks, False)) <= 16 and len(groups(tasks, True)) <= 3
+    wanted = list(zip(*(t.tolist() for t in tasks.unique(return_counts=True)), strict=True))
+    assert all(sorted(entry for group in groups(tasks, fill) for entry in group) == wanted for fill in (False, True))
 
 
 # weights of several tasks
