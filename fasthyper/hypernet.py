@@ -45,7 +45,8 @@ class ChunkedHypernet(nn.Module):
             ``"frozen"``: they stay, so nothing is forgotten. ``"trained"``: they learn from every task's loss, and NOTHING
             HOLDS THEM for past tasks: the output regularizer sees generated weights only.
         grow_heads: whether ``add_task`` beyond the output heads that the target was built with adds heads, of weights laid
-            after all others; those of past tasks stay in place, bit for bit. Optimizers are to be made anew after that.
+            after all others; those of past tasks stay in place, bit for bit. A longer parameter then replaces one: make
+            optimizers anew, one from before would go on with the old.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -187,7 +188,7 @@ class ChunkedHypernet(nn.Module):
         if isinstance(task, Sequence):
             if not task:
                 raise ValueError("generate needs a task, or a sequence of at least one")
-            return self._generator.stacked(self.features(self._embeddings(task)), self.basis)
+            return self._generator.stacked(self.features(self.embeddings(task)), self.basis)
         return self._weights(task, range(self._generator.num_base, len(self.layout.blocks)))[0]
 
     def task_state_dict(self, task: int) -> dict[str, Tensor]:
@@ -213,6 +214,11 @@ class ChunkedHypernet(nn.Module):
             )
         return self.task_embeddings[task]
 
+    def embeddings(self, tasks: Sequence[int]) -> Tensor:
+        """Embeddings ``[T, E]`` of several tasks."""
+        rows: list[Tensor] = [self.embedding(task) for task in tasks]
+        return torch.stack(rows) if rows else self.basis.new_empty(0, self.task_dim)
+
     def forward(self, inputs: Tensor | tuple[Any, ...], task: int | Tensor, **options: Any) -> Any:
         """The target's outputs ``[B, num_classes]`` for ``inputs``, with the weights of ``task``.
 
@@ -235,13 +241,12 @@ class ChunkedHypernet(nn.Module):
 
     def _mixed(self, inputs: Tensor | tuple[Any, ...], task: Tensor, options: dict[str, Any]) -> Tensor:
         batch, made = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task), self._generator
-        embeddings = self._embeddings(batch.tasks)
-        if len(self.layout.blocks) > made.num_base:
-            return batch.run(self.target, lambda i, args: self.forward(args, batch.tasks[i], **options), None, options)
-        features = self.features(embeddings)
+        features = self.features(self.embeddings(batch.tasks))
         h = features.unbind()
 
         def run_one(i: int, args: tuple[Any, ...]) -> Any:
+            if len(self.layout.blocks) > made.num_base:
+                return self.forward(args, batch.tasks[i], **options)
             weights, products = made.weights(h[i], self.basis, made.fused)
             return self.target(weights, args, batch.tasks[i], products, options=options)
 
@@ -249,10 +254,6 @@ class ChunkedHypernet(nn.Module):
             return made.stacked(features[tasks], self.basis)
 
         return batch.run(self.target, run_one, generate, options)
-
-    def _embeddings(self, tasks: Sequence[int]) -> Tensor:
-        rows: list[Tensor] = [self.embedding(task) for task in tasks]
-        return torch.stack(rows) if rows else self.basis.new_empty(0, self.task_dim)
 
     def _features(self, task: int, block: Block | None = None) -> Tensor:
         """Features of the chunks that were there at first, or of those of one block, ``[N, H]``.
@@ -275,12 +276,13 @@ class ChunkedHypernet(nn.Module):
         block = self.layout.add_head(self.target.add_head(), in_new_columns=self.config["chunk_size"] is None)
         self._generator.add_block(block)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
+        name = "basis" if block.col_lo else "chunk_embeddings"
+        old = self.get_parameter(name)
         if block.col_lo:
-            grown, more = self.basis, _with_bias(_xavier(block.size, self.width, generator, self.basis.dtype))
+            more = _with_bias(_xavier(block.size, self.width, generator, old.dtype))
         else:
-            grown, size = self.chunk_embeddings, (block.num_chunks, self.chunk_embeddings.shape[1])
-            more = torch.randn(size, generator=generator, dtype=grown.dtype)
-        grown.data, grown.grad = torch.cat([grown.data, more.to(grown.device)]), None
+            more = torch.randn(block.num_chunks, old.shape[1], generator=generator, dtype=old.dtype)
+        setattr(self, name, nn.Parameter(torch.cat([old.detach(), more.to(old.device)]), old.requires_grad))
 
     def train(self, mode: bool = True) -> ChunkedHypernet:
         self.target.module.train(mode)

@@ -59,7 +59,7 @@ class MixedBatch:
         self,
         target: Target,
         run_one: Callable[[int, tuple[Any, ...]], Any],
-        generate: Callable[[list[int]], dict[str, Tensor]] | None,
+        generate: Callable[[list[int]], dict[str, Tensor]],
         options: dict[str, Any],
     ) -> Tensor:
         """Outputs ``[B, ...]``, in the order of the examples.
@@ -67,16 +67,16 @@ class MixedBatch:
         Args:
             target: which runs several tasks at once where it can.
             run_one: outputs of the task at a position in ``tasks``, for its positional inputs.
-            generate: stacked weights of the tasks at these positions; ``None``: tasks are run one by one.
+            generate: stacked weights of the tasks at these positions.
             options: keyword inputs.
 
         Raises:
             TypeError: outputs that are no tensor with one row per example.
         """
         found, rows = [], []
-        for group in self.groups(generate is not None and goes_by_example(target.module)):
-            y, tried = None, generate is not None and len(group) > 1 and _may_vmap(target)
-            if generate is not None and tried:
+        for group in self.groups(fill=goes_by_example(target.module)):
+            y, tried = None, len(group) > 1 and _may_vmap(target)
+            if tried:
                 y = self._run_together(target, generate(group), group, options)
             if y is None:
                 y = torch.cat([self._checked(run_one(i, self._rows([i])), self.counts[i]) for i in group])
@@ -134,7 +134,7 @@ class MixedBatch:
 
 
 def goes_by_example(module: nn.Module) -> bool:
-    """Whether a module is known to treat each example of a batch by itself, at a cost that hardly grows with their number."""
+    """Whether a module is known to treat each example of a batch by itself, and a few more cost it next to nothing."""
     return all(
         type(layer) in _BY_EXAMPLE
         or (type(layer) is nn.BatchNorm1d and not layer.training and layer.running_mean is not None)

@@ -63,7 +63,7 @@ class OutputRegularizer:
             raise ValueError(f"snapshot of {num_past} past tasks, but the hypernetwork has {self.hnet.num_tasks}")
         self.num_past, self._num_heads = num_past, self.hnet.target.num_heads
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
-        self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
+        self.embeddings0 = (self.hnet.embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
         self._all = self._plan(range(num_past))
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
@@ -211,10 +211,6 @@ class OutputRegularizer:
         if len(given) != self.num_past:
             raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
         return given if tasks is None else [given[task] for task in tasks]
-
-    def _embeddings(self, tasks: Sequence[int]) -> Tensor:
-        rows: list[Tensor] = [self.hnet.embedding(task) for task in tasks]
-        return torch.stack(rows) if rows else self.hnet.basis.new_empty(0, self.hnet.task_dim)
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
