@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +14,13 @@ from fasthyper.activations import ACTIVATIONS
 from fasthyper.generation import Generator
 from fasthyper.layout import Block, Layout
 from fasthyper.mixed import MixedBatch
+from fasthyper.shared import HoldsTarget
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
 from fasthyper.trunk import run_trunk
 
 
-class ChunkedHypernet(nn.Module):
+class ChunkedHypernet(HoldsTarget):
     """Makes all P weights of ``target`` for a task, N chunks of S weights at a time (DESIGN E3).
 
     Chunk n of task t is ``basis @ [trunk([e_t, z_n]) | 1]``: a small MLP shared by all chunks, then one linear basis.
@@ -43,7 +44,8 @@ class ChunkedHypernet(nn.Module):
             so ``"!@*Norm*"`` is all but the norms. See ``patterns.choose``.
         rest: what becomes of the parameters that are not generated: all tasks share them, at first as in ``target``.
             ``"frozen"``: they stay, so nothing is forgotten. ``"trained"``: they learn from every task's loss, and NOTHING
-            HOLDS THEM for past tasks: the output regularizer sees generated weights only.
+            HOLDS THEM for past tasks: the output regularizer sees generated weights only. Those that require no gradient in
+            ``target`` stay frozen.
         grow_heads: whether ``add_task`` beyond the output heads that the target was built with adds heads, of weights laid
             after all others; those of past tasks stay in place, bit for bit. A longer parameter then replaces one: make
             optimizers anew, one from before would go on with the old.
@@ -84,7 +86,7 @@ class ChunkedHypernet(nn.Module):
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
         if rest not in ("frozen", "trained"):
             raise ValueError(f"rest must be 'frozen' or 'trained', got {rest!r}")
-        self.target = Target(target, outputs_per_task, generate=generate, rest=rest, dtype=dtype)
+        self.hold(Target(target, outputs_per_task, generate=generate, rest=rest, dtype=dtype))
         if grow_heads and not self.target.can_add_head:
             raise ValueError("grow_heads needs outputs_per_task, and a last layer that is generated")
         matrices = self.target.matrices() if layout == "aligned" else []
@@ -116,12 +118,6 @@ class ChunkedHypernet(nn.Module):
         self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
         self.basis = nn.Parameter(_with_bias(_xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
-        self.statistics = self.target.statistics
-        for key, tensor in self.target.shared().items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(key, tensor)
-            else:
-                self.register_buffer(key, tensor, persistent=self.target.is_persistent(key))
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -141,11 +137,6 @@ class ChunkedHypernet(nn.Module):
         """What all tasks share: chunk embeddings, trunk weights and biases layer by layer, basis."""
         layers = zip(self.trunk_weights, self.trunk_biases, strict=True)
         return [self.chunk_embeddings, *(parameter for layer in layers for parameter in layer), self.basis]
-
-    @property
-    def rest(self) -> list[nn.Parameter]:
-        """The target's parameters that are not generated; frozen ones require no gradient."""
-        return [tensor for tensor in self.target.shared().values() if isinstance(tensor, nn.Parameter)]
 
     def add_task(self) -> int:
         """Gives a new task its embedding, statistics and, with ``grow_heads``, its output head; returns its index.
@@ -283,24 +274,6 @@ class ChunkedHypernet(nn.Module):
         else:
             more = torch.randn(block.num_chunks, old.shape[1], generator=generator, dtype=old.dtype)
         setattr(self, name, nn.Parameter(torch.cat([old.detach(), more.to(old.device)]), old.requires_grad))
-
-    def train(self, mode: bool = True) -> ChunkedHypernet:
-        self.target.module.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChunkedHypernet:
-        super()._apply(fn, recurse)
-        self._place_shared()
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._place_shared()  # those that were assigned rather than copied
-
-    def _place_shared(self) -> None:
-        """Gives the target the tensors that this module now has of what all tasks share."""
-        for key in self.target.shared():
-            self.target.place_shared(key, getattr(self, key))
 
 
 def _with_bias(weight: Tensor) -> Tensor:

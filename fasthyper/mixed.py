@@ -106,8 +106,14 @@ class MixedBatch:
         if target.statistics is not None:
             weights = {**weights, **target.statistics.stacked(tasks)}
 
+        shared = {name: buffer for name, buffer in target.module.named_buffers() if name not in weights}
+
         def run(weights: dict[str, Tensor], *args: Any) -> Any:
-            return torch.func.functional_call(target.module, weights, args, options)
+            given = {**shared, **weights}
+            y = torch.func.functional_call(target.module, given, args, options)
+            if any(given[name] is not buffer for name, buffer in shared.items()):
+                raise RuntimeError("a buffer that all tasks share was replaced: it would hold what vmap made")
+            return y
 
         dims = tuple(0 if isinstance(arg, Tensor) else None for arg in args)
         together = torch.func.vmap(run, in_dims=(0, *dims), randomness="different")

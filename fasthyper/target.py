@@ -142,14 +142,17 @@ class Target:
         """
         for name, product in (products or {}).items():
             self._linears[name].product = product
-        if self.statistics is not None:
-            weights = {**weights, **self.statistics.of(task)}
+        own = {} if self.statistics is None else self.statistics.of(task)
+        weights = {**weights, **own} if own else weights
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
             outputs = torch.func.functional_call(self.module, weights, args, options)
         finally:
             for name in products or {}:
                 self._linears[name].product = None
+        for name, buffer in own.items():
+            if weights[name] is not buffer:  # the layer put another in its place, which functional_call hands back
+                buffer.copy_(weights[name].detach())
         if self.outputs_per_task is None:
             return outputs
         first = task * self.outputs_per_task if first_output is None else first_output
@@ -249,7 +252,7 @@ def _copy(module: nn.Module, generated: Container[str], trained: bool, dtype: to
     for name, parameter in module.named_parameters():
         values = parameter.detach()
         kept = values.to("meta") if name in generated else values.to(dtype or values.dtype, copy=True)
-        memo[id(parameter)] = nn.Parameter(kept, requires_grad=trained and name not in generated)
+        memo[id(parameter)] = nn.Parameter(kept, requires_grad=trained and parameter.requires_grad and name not in generated)
     for buffer in module.buffers():
         to = dtype if buffer.is_floating_point() and dtype is not None else buffer.dtype
         memo[id(buffer)] = buffer.detach().to(to, copy=True)

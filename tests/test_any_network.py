@@ -168,6 +168,8 @@ def test_rest_is_what_it_was_in_the_module():
     hnet = make(module, generate="6.*", rest="trained")
     assert all(torch.equal(a, b.double()) for a, b in zip(hnet.rest, module.parameters(), strict=False))
     assert all(p.requires_grad for p in hnet.rest)
+    module[1].requires_grad_(False)
+    assert [p.requires_grad for p in make(module, generate="6.*", rest="trained").rest] == [True, False, False, True, True]
     assert not any(p is q for p in hnet.rest for q in module.parameters())
 
 

@@ -5,7 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
-from networks import batch, conv_with_norm, make, resnet
+from networks import OwnNorm, batch, conv_with_norm, make, resnet
 from test_any_network import norm_mlp, plain
 from test_trainer import toy_stream
 from torch import nn
@@ -82,6 +82,18 @@ def test_a_layer_used_twice_and_one_without_numbers_to_learn():
     own = hnet.task_state_dict(0)
     assert own["norm.num_batches_tracked"] == 6
     assert oracle.relative_error(own["norm.running_var"], network.norm.running_var) < 1e-12
+
+
+def test_statistics_and_buffers_that_a_layer_replaces_are_kept():
+    hnet = make(OwnNorm())
+    networks = [plain(OwnNorm, hnet, task) for task in range(2)]
+    for step, task in enumerate([0, 1, 0]):
+        x = batch((6,), seed=step)
+        assert oracle.relative_error(hnet(x, task).detach(), networks[task](x).detach()) < 1e-12
+    for task in range(2):
+        assert oracle.relative_error(hnet.task_state_dict(task)["running_mean"], networks[task].running_mean) < 1e-12
+    hnet.to(torch.float32)
+    assert hnet.state_dict()["target/calls"] == hnet.task_state_dict(0)["calls"] == 3
 
 
 def test_a_task_begins_with_what_the_module_had():
