@@ -24,7 +24,7 @@ class Generator:
     def __init__(self, layout: Layout, target: Target):
         self.layout, self.target = layout, target
         self._parts = [self._parts_of(block) for block in layout.blocks]
-        self.num_base, self.num_base_chunks = len(layout.blocks), layout.num_chunks
+        self._base, self.num_base, self.num_base_chunks = list(layout.blocks), len(layout.blocks), layout.num_chunks
         self._grown: set[str] = set()
         in_rows = {parts[0][0] for b, parts in zip(layout.blocks, self._parts, strict=True) if b.rows}
         self.fused = target.take_products(in_rows)
@@ -50,9 +50,9 @@ class Generator:
         ``heads``: of later blocks, which are to be made, their numbers and the features of their chunks.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self.target.shapes_by_name}
-        products: dict[str, _Rows] = {}
+        products: dict[str, Product] = {}
         names, blocks = [], []
-        for block, parts in zip(self.layout.blocks[: self.num_base], self._parts, strict=False):
+        for block, parts in zip(self._base, self._parts, strict=False):
             if block.rows and parts[0][0] in fused:
                 products[parts[0][0]] = _Rows(h[block.chunk_lo : block.chunk_hi], basis, block)
             else:
@@ -73,7 +73,7 @@ class Generator:
                 products[name].rest = _join(found[name], (-1, shape[1])) if found[name] else None
             else:
                 weights[name] = _join(found[name], (-1, *shape[1:]) if name in self._grown else shape)
-        return weights, dict(products)
+        return weights, products
 
     def stacked(self, h: Tensor, basis: Tensor) -> dict[str, Tensor]:
         """The weights of K tasks, each ``[K, ...]``, from their features ``[K, N, H]``: one product for each block."""

@@ -251,11 +251,11 @@ class ChunkedHypernet(HoldsTarget):
 
         Each set of chunks is always run through the trunk alone: as heads are added, those of old tasks keep every bit.
         """
-        theta: list[Tensor] = list(self.theta)
+        theta: Sequence[Tensor] = self.theta
         if block is not None:
-            theta[0] = theta[0][block.chunk_lo : block.chunk_hi]
+            theta = [theta[0][block.chunk_lo : block.chunk_hi], *theta[1:]]
         elif self.layout.num_chunks > self._generator.num_base_chunks:
-            theta[0] = theta[0][: self._generator.num_base_chunks]
+            theta = [theta[0][: self._generator.num_base_chunks], *theta[1:]]
         return run_trunk(theta, self.embedding(task)[None], self.activation).features[0]
 
     def _weights(self, task: int, heads: Iterable[int], fused: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,9 @@ from fasthyper.patterns import choose
 
 
 class Product(Protocol):
-    """A weight that need not be made to be used."""
+    """A weight that need not be made to be used; ``rest``: its last rows, made already."""
+
+    rest: Tensor | None
 
     def weight(self) -> Tensor:
         """The weight itself, ``[O, I]``."""

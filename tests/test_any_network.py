@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import pickle
 
 import oracle
 import pytest
@@ -136,6 +137,14 @@ def test_copies_and_moves_take_everything_along(name):
             p.add_(1)
     assert torch.equal(hnet(x, 2), before)
     assert oracle.relative_error(hnet.to(torch.float32)(x.float(), 2), before) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "aligned"}], ids=str)
+def test_a_hypernetwork_pickles(options):
+    hnet, x = make(conv_with_norm(momentum=None), **options), batch((1, 4, 4))
+    other = pickle.loads(pickle.dumps(hnet))
+    assert torch.equal(other(x, 0), hnet(x, 0))
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), hnet.buffers(), strict=True))
 
 
 def test_buffers_are_shared_and_saved():
