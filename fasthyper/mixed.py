@@ -46,13 +46,15 @@ class MixedBatch:
     def groups(self, fill: bool) -> list[list[int]]:
         """Positions in ``tasks`` of those that are run at once, the larger parts first."""
         groups: list[list[int]] = []
+        largest = real = 0  # examples of the last group's largest part, and of all its parts
         for i in sorted(range(len(self.tasks)), key=lambda i: -self.counts[i]):
-            largest, real = (self.counts[groups[-1][0]], sum(self.counts[j] for j in groups[-1])) if groups else (0, 0)
-            together = (len(groups[-1]) + 1) * largest <= 2 * (real + self.counts[i]) if groups and fill else False
-            if together or largest == self.counts[i]:
+            count = self.counts[i]
+            if count == largest or (fill and groups and (len(groups[-1]) + 1) * largest <= 2 * (real + count)):
                 groups[-1].append(i)
             else:
                 groups.append([i])
+                largest = real = 0
+            largest, real = max(largest, count), real + count
         return groups
 
     def run(
@@ -79,19 +81,22 @@ class MixedBatch:
             if tried:
                 y = self._run_together(target, generate(group), group, options)
             if y is None:
-                y = torch.cat([self._checked(run_one(i, self._rows([i])), self.counts[i]) for i in group])
+                y = torch.cat([self._checked(run_one(i, self._part(i)), self.counts[i]) for i in group])
             if tried:  # known once the inputs turned out to be sound
                 target.vmaps.setdefault(_mode(target), False)
             found.append(y)
-            rows += [self._order[self._starts[i] : self._starts[i + 1]] for i in group]
+            rows += [self._rows(i) for i in group]
         order = torch.cat(rows)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return torch.cat(found).index_select(0, back)
 
-    def _rows(self, group: list[int]) -> tuple[Any, ...]:
-        """The inputs of a group one after the other."""
-        rows = torch.cat([self._order[self._starts[i] : self._starts[i + 1]] for i in group])
+    def _rows(self, i: int) -> Tensor:
+        """Which examples are of the task at position ``i``."""
+        return self._order[self._starts[i] : self._starts[i + 1]]
+
+    def _part(self, i: int) -> tuple[Any, ...]:
+        rows = self._rows(i)
         return tuple(arg.index_select(0, rows) if isinstance(arg, Tensor) else arg for arg in self._args)
 
     def _run_together(
@@ -105,7 +110,6 @@ class MixedBatch:
         args = tuple(arg[self._order[index]] if isinstance(arg, Tensor) else arg for arg in self._args)
         if target.statistics is not None:
             weights = {**weights, **target.statistics.stacked(tasks)}
-
         shared = {name: buffer for name, buffer in target.module.named_buffers() if name not in weights}
 
         def run(weights: dict[str, Tensor], *args: Any) -> Any:
@@ -141,7 +145,7 @@ class MixedBatch:
 
 def goes_by_example(module: nn.Module) -> bool:
     """Whether a module is known to treat each example of a batch by itself, and a few more cost it next to nothing."""
-    return all(
+    return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules()) and all(
         type(layer) in _BY_EXAMPLE
         or (type(layer) is nn.BatchNorm1d and not layer.training and layer.running_mean is not None)
         or (type(layer) is nn.Flatten and layer.start_dim > 0)

@@ -67,6 +67,13 @@ def test_tasks_of_as_many_examples_run_at_once(name, training, together, monkeyp
     assert len(calls) == (1 if together else 4)
 
 
+def test_a_hook_may_look_across_a_task():
+    net = fh.nets.MLP(6, (5,), 4)
+    net.layers[0].register_forward_hook(lambda layer, inputs, output: output - output.mean(0))
+    hnet, x = make(net, 5), batch((6,), len(TASKS))
+    assert oracle.relative_error(hnet(x, TASKS).detach(), by_task(hnet, x, TASKS).detach()) < 1e-12
+
+
 def test_large_targets_are_run_task_by_task(monkeypatch):
     monkeypatch.setattr(mixed, "MOST_WEIGHTS", 59)
     for width, together in ((5, True), (6, False)):
