@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper import checkpoint, nets, ops
+from fasthyper import checkpoint, nets
 from fasthyper.activations import ACTIVATIONS
+from fasthyper.generation import Generator
 from fasthyper.layout import Block, Layout
-from fasthyper.planner import factorises
+from fasthyper.mixed import MixedBatch
+from fasthyper.shared import HoldsTarget
 from fasthyper.streams.batches import derived_seed
 from fasthyper.target import Target
 from fasthyper.trunk import run_trunk
 
 
-class ChunkedHypernet(nn.Module):
+class ChunkedHypernet(HoldsTarget):
     """Makes all P weights of ``target`` for a task, N chunks of S weights at a time (DESIGN E3).
 
     Chunk n of task t is ``basis @ [trunk([e_t, z_n]) | 1]``: a small MLP shared by all chunks, then one linear basis.
 
     Args:
-        target: the network whose weights are generated; any module whose parameters may all be generated.
+        target: the network whose weights are generated; any module. Running batch-norm statistics are each task's own, other
+            buffers are shared. The module is not changed.
         num_tasks: tasks to begin with; ``add_task`` makes more.
         chunk_size: S; ``None`` makes all weights at once (the full hypernetwork, N = 1, no chunk embedding).
         hidden: widths of the trunk's layers; empty for a linear hypernetwork. H is the last one, or E + Z.
@@ -39,6 +41,16 @@ class ChunkedHypernet(nn.Module):
             fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
             row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read such a layer's
             ``weight``, which makes it; going through ``parameters()`` there raises.
+        generate: which parameters are generated: a pattern of names or a sequence of them, read in order, the last that
+            matches decides. ``"layer4.*"`` takes in, ``"!*.bias"`` takes out, ``"@*Norm*"`` goes by the class of the layer;
+            so ``"!@*Norm*"`` is all but the norms. See ``patterns.choose``.
+        rest: what becomes of the parameters that are not generated: all tasks share them, at first as in ``target``.
+            ``"frozen"``: they stay, so nothing is forgotten. ``"trained"``: they learn from every task's loss, and NOTHING
+            HOLDS THEM for past tasks: the output regularizer sees generated weights only. Those that require no gradient in
+            ``target`` stay frozen.
+        grow_heads: whether ``add_task`` beyond the output heads that the target was built with adds heads, of weights laid
+            after all others; those of past tasks stay in place, bit for bit. A longer parameter then replaces one: make
+            optimizers anew, one from before would go on with the old.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -46,7 +58,7 @@ class ChunkedHypernet(nn.Module):
     Weights start Xavier-uniform, biases at 0, embeddings standard normal, as in the papers' experiments.
 
     Raises:
-        ValueError: a size below 1, an unknown activation or layout, or a target that cannot be generated.
+        ValueError: a size below 1, an unknown option, a pattern that matches nothing, or a target that cannot be generated.
     """
 
     def __init__(
@@ -61,6 +73,9 @@ class ChunkedHypernet(nn.Module):
         activation: str = "relu",
         outputs_per_task: int | None = None,
         layout: str = "flat",
+        generate: str | Sequence[str] = "*",
+        rest: str = "frozen",
+        grow_heads: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -71,12 +86,14 @@ class ChunkedHypernet(nn.Module):
             raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
-        self.target = Target(target, outputs_per_task)
+        if rest not in ("frozen", "trained"):
+            raise ValueError(f"rest must be 'frozen' or 'trained', got {rest!r}")
+        self.hold(Target(target, outputs_per_task, generate=generate, rest=rest, dtype=dtype))
+        if grow_heads and not self.target.can_add_head:
+            raise ValueError("grow_heads needs outputs_per_task, and a last layer that is generated")
         matrices = self.target.matrices() if layout == "aligned" else []
         self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads, matrices)
-        self._parts = [[p for span in b.ranges for p in self.target.parts(span)] for b in self.layout.blocks]
-        in_rows = {parts[0][0] for b, parts in zip(self.layout.blocks, self._parts, strict=True) if b.rows}
-        self._fused = self.target.take_products(in_rows)
+        self._generator = Generator(self.layout, self.target)
         self.config: dict[str, Any] = {
             "chunk_size": chunk_size,
             "hidden": list(hidden),
@@ -85,6 +102,9 @@ class ChunkedHypernet(nn.Module):
             "activation": activation,
             "outputs_per_task": outputs_per_task,
             "layout": layout,
+            "generate": generate if isinstance(generate, str) else list(generate),
+            "rest": rest,
+            "grow_heads": grow_heads,
             "seed": seed,
             "dtype": str(dtype).removeprefix("torch."),
         }
@@ -99,8 +119,7 @@ class ChunkedHypernet(nn.Module):
         )
         self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
-        basis = _xavier(self.layout.chunk_size, widths[-1], generator, dtype)
-        self.basis = nn.Parameter(torch.cat([basis, basis.new_zeros(len(basis), 1)], 1))  # last column: the bias
+        self.basis = nn.Parameter(_with_bias(_xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -122,14 +141,20 @@ class ChunkedHypernet(nn.Module):
         return [self.chunk_embeddings, *(parameter for layer in layers for parameter in layer), self.basis]
 
     def add_task(self) -> int:
-        """Gives a new task its embedding and returns its index. Which one depends on ``seed`` and the index alone.
+        """Gives a new task its embedding, statistics and, with ``grow_heads``, its output head; returns its index.
+
+        Which embedding, and how a head starts, depends on ``seed`` and the index alone.
 
         Raises:
             ValueError: the target has no output head left for it.
         """
-        index = self.num_tasks
-        if self.target.heads and index >= len(self.target.heads):
-            raise ValueError(f"the target has {len(self.target.heads)} output heads, no room for task {index}")
+        index, heads = self.num_tasks, self.target.num_heads
+        if heads is not None and index >= heads:
+            if not self.config["grow_heads"]:
+                raise ValueError(f"the target has {heads} output heads, no room for task {index}; grow_heads=True adds some")
+            self._add_head(index)
+        if self.statistics is not None:
+            self.statistics.add_task()
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index))
         embedding = torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
         self.task_embeddings.append(nn.Parameter(embedding.to(self.basis.device)))
@@ -142,13 +167,33 @@ class ChunkedHypernet(nn.Module):
         """
         return run_trunk(self.theta if theta is None else theta, embeddings, self.activation).features
 
-    def generate(self, task: int) -> dict[str, Tensor]:
-        """The target's weights for ``task``, named and shaped as in its ``state_dict()``: views of one buffer.
+    def generate(self, task: int | Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """The target's generated weights, named and shaped as in its ``state_dict()``.
+
+        Of one task they are views of one buffer. Of a sequence or int64 tensor of K tasks, in any order, they are
+        ``[K, ...]``, one product for all; ``torch.func.vmap`` runs the target under them.
 
         Raises:
             IndexError: no such task.
         """
-        return self._weights(task)[0]
+        if isinstance(task, Tensor):
+            task = task.tolist()
+        if isinstance(task, Sequence):
+            if not task:
+                raise ValueError("generate needs a task, or a sequence of at least one")
+            return self._generator.stacked(self.features(self.embeddings(task)), self.basis)
+        return self._weights(task, range(self._generator.num_base, len(self.layout.blocks)))[0]
+
+    def task_state_dict(self, task: int) -> dict[str, Tensor]:
+        """Copies of all that a module of the target's own class loads to be the target of ``task``, without fasthyper.
+
+        They are its generated weights, the parameters and buffers that tasks share, and its batch-norm statistics.
+
+        Raises:
+            IndexError: no such task.
+        """
+        with torch.no_grad():
+            return self.target.state_dict(self.generate(task), task)
 
     def embedding(self, task: int) -> nn.Parameter:
         """Task embedding ``[E]``.
@@ -162,32 +207,30 @@ class ChunkedHypernet(nn.Module):
             )
         return self.task_embeddings[task]
 
-    def forward(self, inputs: Tensor, task: int) -> Tensor:
-        """The target's outputs ``[B, num_classes]`` for ``inputs`` ``[B, ...]``, with the weights of ``task``."""
-        weights, products = self._weights(task, self._fused)
-        return self.target(weights, inputs, task, products)
+    def embeddings(self, tasks: Sequence[int]) -> Tensor:
+        """Embeddings ``[T, E]`` of several tasks."""
+        rows: list[Tensor] = [self.embedding(task) for task in tasks]
+        return torch.stack(rows) if rows else self.basis.new_empty(0, self.task_dim)
 
-    def _weights(self, task: int, fused: Container[str] = ()) -> tuple[dict[str, Tensor], dict[str, _Rows]]:
-        """The target's weights, and in their place products for those in ``fused``."""
-        h = self.features(self.embedding(task)[None])[0]
-        found: dict[str, list[Tensor]] = {name: [] for name in self.target.names}
-        products, made = {}, []
-        for block, parts in zip(self.layout.blocks, self._parts, strict=True):
-            if block.rows and parts[0][0] in fused:
-                products[parts[0][0]] = _Rows(h[block.chunk_lo : block.chunk_hi], self.basis, block)
-            else:
-                made.append((block, parts))
-        blocks = [((b.chunk_lo, b.chunk_hi), (b.col_lo, b.col_lo + b.size), [s for _, s in parts]) for b, parts in made]
-        names = [name for _, parts in made for name, _ in parts]
-        for name, weight in zip(names, ops.generate_blocks(h, self.basis, blocks) if blocks else (), strict=True):
-            found[name].append(weight)
-        weights = {}
-        for name, shape in zip(self.target.names, self.target.shapes, strict=True):
-            if name in products:
-                products[name].rest = _join(found[name], (-1, shape[1])) if found[name] else None
-            else:
-                weights[name] = _join(found[name], shape)
-        return weights, products
+    def forward(self, inputs: Tensor | tuple[Any, ...], task: int | Tensor, **options: Any) -> Any:
+        """The target's outputs ``[B, num_classes]`` for ``inputs``, with the weights of ``task``.
+
+        Args:
+            inputs: ``[B, ...]``, or a tuple of all positional arguments of the target's ``forward``.
+            task: one for all examples, or int64 ``[B]``, that of each example: outputs and gradients are those of a call for
+                each task with its examples; the module's output must be one tensor ``[B, ...]``.
+            options: keyword arguments of the target's ``forward``, the same for all tasks.
+
+        Raises:
+            IndexError: no such task.  ValueError, TypeError: tasks, inputs or outputs that cannot be told apart by example.
+        """
+        if isinstance(task, Tensor):
+            if task.ndim:
+                return self._mixed(inputs, task, options)
+            task = int(task)
+        heads, first = self._generator.own_head(task)
+        weights, products = self._weights(task, heads, self._generator.fused)
+        return self.target(weights, inputs, task, products, options=options, first_output=first)
 
     @torch.no_grad()
     def export(self, path: str | Path, task: int | None = None) -> None:
@@ -201,59 +244,64 @@ class ChunkedHypernet(nn.Module):
         Raises:
             CheckpointError: it cannot be written.  IndexError: no such task.
         """
-        path, module = Path(path), self.target.module
-        if task is None:
-            state = {
-                "hnet": self.config,
-                "target": nets.describe(module),
-                "target_shapes": self.target.named_shapes(),
-            }
-            checkpoint.write(path, self.state_dict(), checkpoint.HYPERNET_FORMAT, state)
-            return
-        weights = self.generate(task)
-        made = {id(parameter): weights[name] for name, parameter in module.named_parameters()}
-        tensors = module.state_dict(keep_vars=True)  # beside parameters also buffers, and a shared parameter by every name
-        checkpoint.write(path, {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}, "pt")
+        path = Path(path)
+        if task is not None:
+            return checkpoint.write(path, self.task_state_dict(task), "pt")
+        state = {
+            "hnet": self.config,
+            "target": nets.describe(self.target.module),
+            "target_shapes": self.target.named_shapes(),
+        }
+        checkpoint.write(path, self.state_dict(), checkpoint.HYPERNET_FORMAT, state)
 
-    def train(self, mode: bool = True) -> ChunkedHypernet:
-        self.target.train(mode)
-        return super().train(mode)
+    def _mixed(self, inputs: Tensor | tuple[Any, ...], task: Tensor, options: dict[str, Any]) -> Tensor:
+        batch, made = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task), self._generator
+        features = self.features(self.embeddings(batch.tasks))
+        h = features.unbind()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChunkedHypernet:
-        super()._apply(fn, recurse)
-        self.target.convert_buffers(fn)
-        return self
+        def run_one(i: int, args: tuple[Any, ...]) -> Any:
+            if len(self.layout.blocks) > made.num_base:
+                return self.forward(args, batch.tasks[i], **options)
+            weights, products = made.weights(h[i], self.basis, made.fused)
+            return self.target(weights, args, batch.tasks[i], products, options=options)
+
+        def generate(tasks: list[int]) -> dict[str, Tensor]:
+            return made.stacked(features[tasks], self.basis)
+
+        return batch.run(self.target, run_one, generate, options)
+
+    def _features(self, task: int, block: Block | None = None) -> Tensor:
+        """Features of the chunks that were there at first, or of those of one block, ``[N, H]``.
+
+        Each set of chunks is always run through the trunk alone: as heads are added, those of old tasks keep every bit.
+        """
+        theta: Sequence[Tensor] = self.theta
+        if block is not None:
+            theta = [theta[0][block.chunk_lo : block.chunk_hi], *theta[1:]]
+        elif self.layout.num_chunks > self._generator.num_base_chunks:
+            theta = [theta[0][: self._generator.num_base_chunks], *theta[1:]]
+        return run_trunk(theta, self.embedding(task)[None], self.activation).features[0]
+
+    def _weights(self, task: int, heads: Iterable[int], fused: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``Generator.weights`` makes for ``task``, ``heads`` of later blocks with it."""
+        own = [(number, self._features(task, self.layout.blocks[number])) for number in heads]
+        return self._generator.weights(self._features(task), self.basis, fused, own)
+
+    def _add_head(self, index: int) -> None:
+        block = self.layout.add_head(self.target.add_head(), in_new_columns=self.config["chunk_size"] is None)
+        self._generator.add_block(block)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
+        name = "basis" if block.col_lo else "chunk_embeddings"
+        old = self.get_parameter(name)
+        if block.col_lo:
+            more = _with_bias(_xavier(block.size, self.width, generator, old.dtype))
+        else:
+            more = torch.randn(block.num_chunks, old.shape[1], generator=generator, dtype=old.dtype)
+        setattr(self, name, nn.Parameter(torch.cat([old.detach(), more.to(old.device)]), old.requires_grad))
 
 
-class _Rows:
-    """A linear layer's weight, never stored: rows that the chunks of a block generate, and ``rest``, rows laid elsewhere."""
-
-    def __init__(self, h: Tensor, basis: Tensor, block: Block):
-        self.h, self.basis, self.rows = h, basis, block.rows
-        self.shape = torch.Size([len(h) * block.rows, block.size // block.rows])
-        self.rest: Tensor | None = None
-
-    def weight(self) -> Tensor:
-        (weight,) = ops.generate(self.h, self.basis[: self.rows * self.shape[1]], [self.shape])
-        return weight if self.rest is None else torch.cat([weight, self.rest])
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        num_outputs, num_inputs = self.shape
-        if x.shape[-1:] != (num_inputs,):
-            raise ValueError(f"a linear layer of the target takes inputs of shape [..., {num_inputs}], got {list(x.shape)}")
-        flat, with_grad = x.reshape(-1, num_inputs), torch.is_grad_enabled() and self.h.requires_grad
-        (chunks, width), with_grad_x = self.h.shape, with_grad and x.requires_grad
-        factorised = factorises(len(flat), num_inputs, self.rows, chunks, width, with_grad, with_grad_x)
-        y = ops.hyper_linear(flat, self.h, self.basis, rows=self.rows, num_outputs=num_outputs, factorised=factorised)
-        y = y if self.rest is None else torch.cat([y, F.linear(flat, self.rest)], 1)
-        y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], y.shape[1])
-
-
-def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].view(shape)
-    return torch.cat([part.flatten() for part in parts]).view(shape)
+def _with_bias(weight: Tensor) -> Tensor:
+    return torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
 
 
 def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,10 @@ class Block(NamedTuple):
     ranges: tuple[Range, ...]
 
     @property
+    def num_chunks(self) -> int:
+        return self.chunk_hi - self.chunk_lo
+
+    @property
     def num_weights(self) -> int:
         return sum(hi - lo for lo, hi in self.ranges)
 
@@ -85,6 +89,19 @@ class Layout:
         self.num_chunks = max(block.chunk_hi for block in self.blocks)
         self.heads = [[laid for span in ranges for laid in self._laid(span)] for ranges in heads]
         self.shared = _complement([r for ranges in self.heads for r in ranges], num_weights)
+
+    def add_head(self, size: int, *, in_new_columns: bool) -> Block:
+        """Lays ``size`` more weights, the next task's own head, in new chunks or in new columns of the first; none moves."""
+        position, span = sum(block.num_weights for block in self.blocks), (self.num_weights, self.num_weights + size)
+        if in_new_columns:
+            block = Block(0, 1, self.chunk_size, size, 0, (span,))
+        else:
+            block = Block(self.num_chunks, self.num_chunks - (-size // self.chunk_size), 0, self.chunk_size, 0, (span,))
+        self.blocks.append(block)
+        self.heads.append([(position, position + size)])
+        self.num_weights, self.num_chunks = span[1], max(self.num_chunks, block.chunk_hi)
+        self.chunk_size = max(self.chunk_size, block.col_lo + block.size)
+        return block
 
     def rectangles(self, span: Range) -> list[Rectangle]:
         """Where weights ``span`` lie, in the order in which they are laid; at most three rectangles in a block."""

@@ -61,9 +61,9 @@ class OutputRegularizer:
         """
         if num_past > self.hnet.num_tasks:
             raise ValueError(f"snapshot of {num_past} past tasks, but the hypernetwork has {self.hnet.num_tasks}")
-        self.num_past = num_past
+        self.num_past, self._num_heads = num_past, self.hnet.target.num_heads
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
-        self.embeddings0 = (self._embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
+        self.embeddings0 = (self.hnet.embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
         self._all = self._plan(range(num_past))
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
@@ -113,7 +113,7 @@ class OutputRegularizer:
         Raises:
             IndexError: not a past task.  ValueError: a task given twice, targets or importance of another
                 shape or in an aligned layout.
-            TypeError: their dtype is not the hypernetwork's.  RuntimeError: no snapshot was taken.
+            TypeError: their dtype is not the hypernetwork's.  RuntimeError: no snapshot, or heads added since.
 
         With ``targets`` or ``importance`` the features of all tasks are made and the cost is that of generating the weights
         (``ops.target_drift``); the weights are not stored, but what is given is read.
@@ -155,6 +155,8 @@ class OutputRegularizer:
     ) -> dict[str, Any]:
         if not hasattr(self, "theta0"):
             raise RuntimeError("no snapshot to hold to: call snapshot(num_past) when a task begins")
+        if self._num_heads != self.hnet.target.num_heads:
+            raise RuntimeError("the hypernetwork has grown since the snapshot: call snapshot(num_past) again")
         theta = self.hnet.theta if theta is None else theta
         embeddings = self.embeddings0 if embeddings is None else embeddings
         embeddings0, pre0, plan, gram0 = self.embeddings0, self._pre0, self._all, self._gram0
@@ -197,7 +199,10 @@ class OutputRegularizer:
             return None
         wanted = self.hnet.layout.num_weights
         if len(self.hnet.layout.blocks) > 1:
-            raise ValueError(f"{name} lie end to end as the weights of layout='flat' do; this hypernetwork is laid aligned")
+            raise ValueError(
+                f"{name} lie end to end as the weights of layout='flat' do; those of this hypernetwork are laid aligned, or "
+                "heads were added"
+            )
         rows = [given] if isinstance(given, Tensor) else given
         shape = [self.num_past, wanted] if isinstance(given, Tensor) else [wanted]
         for row in rows:
@@ -206,10 +211,6 @@ class OutputRegularizer:
         if len(given) != self.num_past:
             raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
         return given if tasks is None else [given[task] for task in tasks]
-
-    def _embeddings(self, tasks: Sequence[int]) -> Tensor:
-        rows: list[Tensor] = [self.hnet.embedding(task) for task in tasks]
-        return torch.stack(rows) if rows else self.hnet.basis.new_empty(0, self.hnet.task_dim)
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)

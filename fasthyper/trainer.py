@@ -40,7 +40,8 @@ class Trainer:
 
     Each step: g1 = gradient of the task loss; delta = the step the optimizer would take on g1 alone; g2 = beta times the
     gradient of the drift at theta + delta; theta steps on g1 + g2; the task's own embedding steps on the task loss, with an
-    optimizer of its own. Optimizers are new for each task. The loss is cross-entropy.
+    optimizer of its own. So do, at ``lr``, those of the target's parameters that are trained rather than generated; nothing
+    holds them for past tasks. Optimizers are new for each task. The loss is cross-entropy.
 
     Args:
         hnet: the hypernetwork; trained in place.
@@ -141,6 +142,8 @@ class Trainer:
         self.hnet.train()
         with deferred_interrupt() as interrupted:
             current = self._current = self._current or self._begin(index, name)
+            if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
+                raise ValueError(f"the hypernetwork has grown in the middle of task {index}; add tasks between tasks")
             began, seconds_before = time.perf_counter(), current.record.seconds
             with training_bar(title, current.record.steps, steps, self.progress) as show:
                 for step in range(current.record.steps, steps):
@@ -263,26 +266,26 @@ class Trainer:
 
     def _begin(self, index: int, name: str) -> _TaskInTraining:
         """New optimizers, and a snapshot of what the past tasks generate now."""
-        embedding = self.hnet.embedding(index)
+        embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
         held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in range(index)] if self.plastic else [])]
         optimizer, options = OPTIMIZERS[self.config["optimizer"]]
         options = {**options, **self.config["optimizer_options"]}
         self.regularizer.snapshot(index)
+        lr = self.config["lr"]
+        groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
         return _TaskInTraining(
             record=TaskRecord(index, name),
             held=held,
-            embedding=embedding,
-            held_optimizer=optimizer(held, lr=self.config["lr"], **options),  # type: ignore[call-arg]
-            embedding_optimizer=optimizer(
-                [embedding],
-                lr=self.config["lr_embedding"] or self.config["lr"],  # type: ignore[call-arg]
-                **options,
-            ),
+            free=[embedding, *rest],
+            held_optimizer=optimizer(held, lr=lr, **options),  # type: ignore[call-arg]
+            free_optimizer=optimizer(groups, lr=lr, **options),  # type: ignore[call-arg]
         )
 
     def _step(self, now: _TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One update; returns the task loss and the drift (NaN without one) before it."""
-        parameters = [*now.held, now.embedding]
+        parameters, statistics = [*now.held, *now.free], self.hnet.statistics
+        rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
+        rows_before = [row.clone() for row in rows]
         loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), now.record.index), y)
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -293,9 +296,14 @@ class Trainer:
             ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
             value, drift_grads = self._drift(ahead, now.record)
             values.append(value)
-        loss_value, drift = self._finite(values, now.record)
+        try:
+            loss_value, drift = self._finite(values, now.record)
+        except NonFiniteLossError:
+            for row, before in zip(rows, rows_before, strict=True):
+                row.copy_(before)
+            raise
         take_step(now.held_optimizer, drift_grads, self.beta)
-        take_step(now.embedding_optimizer)
+        take_step(now.free_optimizer)
         return loss_value, drift
 
     def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> tuple[Tensor, list[Tensor]]:
@@ -326,21 +334,21 @@ class Trainer:
 
 
 class _TaskInTraining:
-    """The task under way: what moves, and the optimizers that move it."""
+    """The task under way: what moves, held by the drift or on the task loss alone, and the optimizers that move it."""
 
     def __init__(
         self,
         record: TaskRecord,
         held: list[nn.Parameter],
-        embedding: nn.Parameter,
+        free: list[nn.Parameter],
         held_optimizer: torch.optim.Optimizer,
-        embedding_optimizer: torch.optim.Optimizer,
+        free_optimizer: torch.optim.Optimizer,
     ):
-        self.record, self.held, self.embedding = record, held, embedding
-        self.held_optimizer, self.embedding_optimizer = held_optimizer, embedding_optimizer
+        self.record, self.held, self.free = record, held, free
+        self.held_optimizer, self.free_optimizer = held_optimizer, free_optimizer
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"held": self.held_optimizer, "embedding": self.embedding_optimizer}
+        return {"held": self.held_optimizer, "free": self.free_optimizer}
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizers' state, named ``optimizer.WHICH.PARAMETER.KEY``."""

@@ -97,7 +97,7 @@ def outputs_and_gradients(run, leaves):
 def test_a_target_gives_what_its_generated_weights_give(name, hidden):
     build, batch, num_fused = TARGETS[name]
     hnet, plain = make(build(), hidden=hidden), build().double()
-    assert len(hnet._fused) == num_fused
+    assert len(hnet._generator.fused) == num_fused
     for x in (torch.randn(batch, dtype=torch.float64), torch.randn(batch, dtype=torch.float64, requires_grad=True)):
         leaves = [*hnet.theta, hnet.embedding(1), *([x] if x.requires_grad else [])]
         found = outputs_and_gradients(lambda x=x: hnet(x, 1), leaves)
@@ -133,7 +133,7 @@ def test_generates_what_the_slow_way_makes(name):
 def test_row_of_a_chunk_is_its_part_of_the_basis_times_its_features(chunk_size):
     hnet = make(fh.nets.MLP(6, (9, 8), 4), chunk_size=chunk_size)
     h = hnet.features(hnet.embedding(2)[None])[0]
-    for block, parts in zip(hnet.layout.blocks, hnet._parts, strict=True):
+    for block, parts in zip(hnet.layout.blocks, hnet._generator._parts, strict=True):
         if block.rows:
             weight = hnet.generate(2)[parts[0][0]]
             for row in range((block.chunk_hi - block.chunk_lo) * block.rows):
@@ -160,7 +160,7 @@ def test_weights_of_linear_layers_are_never_generated_in_a_forward_pass(monkeypa
 
 def test_heads_give_each_task_its_own_outputs():
     hnet = make(fh.nets.MLP(6, (5,), 30), outputs_per_task=10, chunk_size=12)
-    assert len(hnet._fused) == 2
+    assert len(hnet._generator.fused) == 2
     x = torch.randn(3, 6, dtype=torch.float64)
     full = torch.func.functional_call(hnet.target.module, hnet.generate(1), (x,))
     assert hnet(x, 1).allclose(full[:, 10:20])

@@ -266,6 +266,8 @@ def test_other_hypernetworks_networks_and_types_are_refused(hnets, mnets):
         fh.from_hypnettorch(peer.bfloat16(), Holder([[3, 2], [3]]))
     with pytest.raises(ValueError, match="only layout='flat' can, not 'aligned'"):
         fh.to_hypnettorch(fh.ChunkedHypernet(fh.nets.MLP(4, (), 3), 1, chunk_size=8, layout="aligned"))
+    with pytest.raises(ValueError, match="parameters it does not generate"):
+        fh.to_hypnettorch(fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 1, chunk_size=8, generate="*weight"))
 
 
 @pytest.mark.parametrize("chunked", [True, False])

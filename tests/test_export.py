@@ -73,6 +73,37 @@ def test_a_file_holds_all(tmp_path, options):
         assert_same(hnet, again)
 
 
+class Normed(nn.Module):
+    """Batch norm, whose parameters are not generated, and an output layer of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_a_part_generated_target_with_statistics_and_added_heads(tmp_path):
+    options = {"generate": ["*", "!@*Norm*"], "rest": "trained", "outputs_per_task": 2, "grow_heads": True}
+    hnet, x = make(Normed(), **options), torch.rand(4, 6)
+    hnet.train()
+    for task in range(3):
+        hnet(x + task, task)
+    with torch.no_grad():
+        for parameter in hnet.rest:
+            parameter.add_(0.5)
+    hnet.export(tmp_path / "hypernet.safetensors")
+    again = fh.load(tmp_path / "hypernet.safetensors", target=Normed())
+    assert_same(hnet, again)
+    hnet.export(tmp_path / "task.safetensors", task=2)
+    for each in (hnet, again):
+        each.eval()
+        assert torch.equal(hnet(x, 2), each(x, 2))
+    weights = load_file(tmp_path / "task.safetensors")
+    assert weights["norm.running_mean"].ne(0).all() and weights["norm.num_batches_tracked"] == 1
+
+
 def test_other_targets_must_be_given_and_fit(tmp_path):
     path = tmp_path / "hypernet.safetensors"
     make(Tied()).export(path)

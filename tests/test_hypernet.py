@@ -102,7 +102,9 @@ def test_moves_between_dtypes_with_its_buffers():
         ({"hidden": (5, 0)}, "must be at least 1"),
         ({"outputs_per_task": 3}, "outputs_per_task=3 does not divide the 4 outputs"),
         ({"target": nn.ReLU()}, "the target ReLU has no parameters"),
-        ({"target": nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))}, "layer '1' keeps running batch-norm statistics"),
+        ({"target": nn.LazyLinear(4)}, "the target LazyLinear is lazy: call it once"),
+        ({"rest": "thawed"}, "rest must be 'frozen' or 'trained', got 'thawed'"),
+        ({"grow_heads": True}, "grow_heads needs outputs_per_task, and a last layer that is generated"),
     ],
 )
 def test_bad_settings_are_named(options, message):

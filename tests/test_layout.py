@@ -23,6 +23,21 @@ def test_rectangles_hold_each_weight_of_a_range_once(chunk, span):
     assert len(layout.rectangles(span)) <= 3
 
 
+@hypothesis.given(chunk=st.integers(1, 70), sizes=st.lists(st.integers(1, 40), max_size=4), in_new_columns=st.booleans())
+def test_heads_that_are_added_hold_each_weight_once_and_move_none(chunk, sizes, in_new_columns):
+    layout = Layout(60, 60 if in_new_columns else chunk, [[(50, 60)]], [Matrix(0, 5, 6)])
+    before = [(layout.rectangles(span), span) for span in layout.shared + layout.heads[0]]
+    for size in sizes:
+        block = layout.add_head(size, in_new_columns=in_new_columns)
+        assert block.ranges == ((layout.num_weights - size, layout.num_weights),) and block.num_chunks * block.size >= size
+    count = torch.zeros(layout.num_chunks, layout.chunk_size, dtype=torch.int64)
+    for span in layout.shared + [span for head in layout.heads for span in head]:
+        for r in layout.rectangles(span):
+            count[r.chunk_lo : r.chunk_hi, r.col_lo : r.col_hi] += 1
+    assert count.max() == 1 and count.sum() == layout.num_weights == 60 + sum(sizes)
+    assert all(layout.rectangles(span) == rectangles for rectangles, span in before)
+
+
 @hypothesis.given(
     chunk=st.integers(1, 70),
     shapes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=4),

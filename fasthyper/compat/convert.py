@@ -256,8 +256,12 @@ def _check_layers(layers: Sequence[Tensor], num_heads: int = 1) -> None:
 
 
 def _flat(hnet: ChunkedHypernet) -> dict[str, Any]:
+    """Its configuration, if it is one that the others can have."""
     if hnet.config["layout"] != "flat":
         raise ValueError(f"the hypernetwork cannot be converted: only layout='flat' can, not {hnet.config['layout']!r}")
+    if list(hnet.rest) or hnet.statistics is not None or len(hnet.layout.blocks) > 1:
+        left = "parameters it does not generate, batch-norm statistics of each task or heads that were added"
+        raise ValueError(f"the hypernetwork cannot be converted: it has {left}, which would be left behind")
     return hnet.config
 
 
