@@ -8,9 +8,9 @@
 
 from fasthyper.version import __version__  # isort: skip  (checks torch before anything else needs it)
 
-from fasthyper import metrics, nets, ops, streams
+from fasthyper import loggers, metrics, nets, ops, streams
 from fasthyper._backend import backends
-from fasthyper.errors import CheckpointError, DataError, FasthyperError, NonFiniteLossError
+from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.lookahead import candidate_step
 from fasthyper.metrics import Results
@@ -22,6 +22,7 @@ __all__ = [
     "ChunkedHypernet",
     "DataError",
     "FasthyperError",
+    "MissingPackageError",
     "NonFiniteLossError",
     "OutputRegularizer",
     "Results",
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "backends",
     "candidate_step",
+    "loggers",
     "metrics",
     "nets",
     "ops",
