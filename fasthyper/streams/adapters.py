@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from fasthyper.streams.stream import Stream, Task, TaskData, as_task_data
 
@@ -73,8 +74,8 @@ def read(dataset: Any) -> TaskData:
     Raises:
         As ``as_task_data`` does.
     """
-    plain = isinstance(dataset, (TaskData, tuple, list, torch.utils.data.TensorDataset))
-    return as_task_data(dataset if plain else _Pairs(dataset) if hasattr(dataset, "__getitem__") else dataset)
+    plain = isinstance(dataset, (TaskData, Tensor, TensorDataset, tuple, list, dict, str))
+    return as_task_data(dataset if plain or not hasattr(dataset, "__getitem__") else _Pairs(dataset))
 
 
 class _Pairs:
