@@ -26,6 +26,10 @@ from fasthyper.recipes import RECIPES, Recipe, run
 from fasthyper.streams import fetch
 
 _FIXED = ("name", "about", "source")
+_OPTIONAL = {  # package -> the extra that brings it
+    **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "hypnettorch": "bench"},
+    **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche"},
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,7 +150,7 @@ def _doctor(args: argparse.Namespace) -> None:
     for device, backend in fasthyper.backends().items():
         name, _, why = backend.partition(" ")
         facts.append((f"ops on {device}", name, why.strip("()")))
-    for package, extra in (("rich", ""), ("matplotlib", "plot"), ("sklearn", "digits"), ("hypnettorch", "bench")):
+    for package, extra in _OPTIONAL.items():
         have = importlib.util.find_spec(package) is not None
         fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
         facts.append((package, "installed" if have else "not installed", "" if have else fix))

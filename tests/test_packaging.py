@@ -27,7 +27,17 @@ print(fh.backends()['cpu'])
 
 
 def test_import_and_training_need_torch_only():
-    others = ("rich", "safetensors", "matplotlib", "sklearn", "hypnettorch")
+    others = (
+        "rich",
+        "safetensors",
+        "matplotlib",
+        "sklearn",
+        "hypnettorch",
+        "avalanche",
+        "tensorboard",
+        "torchvision",
+        "wandb",
+    )
     done = python(f"import sys\nsys.modules.update(dict.fromkeys({others}))\n{TRAIN}")
     assert done.returncode == 0, done.stderr
 
