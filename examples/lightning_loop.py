@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasthyper as fh
-from fasthyper.compat.torchvision import import_torchvision
+from fasthyper.vision import torchvision
 
-with suppress(ModuleNotFoundError):
-    import_torchvision()  # Lightning imports it where it is installed: also where it is a build for CUDA and torch is not
+with suppress(ImportError):
+    torchvision()  # Lightning imports it where it is installed: also where it is a build for CUDA and torch is not
 import lightning
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import signal
 
 import pytest
 import torch
@@ -205,6 +206,32 @@ def test_goes_on_from_a_checkpoint(tmp_path):
     second = strategy(fh.Trainer.load(tmp_path / "run", progress=False))
     second.train(benchmark.train_stream[2])
     assert equal(whole.trainer.hnet, second.trainer.hnet)
+
+
+class Interrupts(SupervisedPlugin):
+    """Presses Ctrl-C in the given iteration."""
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.trainer.current_step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_goes_on_after_ctrl_c_in_the_middle_of_an_experience(tmp_path):
+    benchmark, whole = permuted(), strategy(trainer(), train_epochs=3)
+    whole.train(benchmark.train_stream[:2])
+    keys = Interrupts()
+    run = strategy(trainer(out=tmp_path / "run"), plugins=[keys], train_epochs=3)
+    for at in (8, 3):
+        keys.at = at  # 5 iterations an epoch
+        with pytest.raises(KeyboardInterrupt):
+            run.train(benchmark.train_stream[len(run.trainer.results.tasks)])
+        assert run.trainer.current_step == at
+        run = strategy(fh.Trainer.load(tmp_path / "run", out=tmp_path / "run", progress=False), train_epochs=3)
+        assert run.trainer.current_step == at
+        run.train(benchmark.train_stream[len(run.trainer.results.tasks)])
+        run = strategy(run.trainer, plugins=[keys], train_epochs=3)
+    assert equal(whole.trainer.hnet, run.trainer.hnet)
+    assert [record.steps for record in run.trainer.results.tasks] == [15, 15]
 
 
 def test_more_experiences_than_embeddings_and_data_without_labels():

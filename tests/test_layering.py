@@ -19,6 +19,7 @@ ALLOWED = {
     "metrics": set(),
     "loggers": {"errors", "metrics"},
     "nets": set(),
+    "vision": set(),
     "streams": {"errors"},
     "reference": {"activations"},
     "ops": {"reference"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
     "cli": {"bench", "checkpoint", "environment", "errors", "loggers", "recipes", "report", "streams"},
-    "compat": {"hypernet", "lookahead", "regularizer", "streams", "trainer"},
+    "compat": {"hypernet", "interrupt", "lookahead", "regularizer", "streams", "trainer", "vision"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {  # beside torch and the standard library; imported inside functions only

@@ -42,6 +42,12 @@ def test_import_and_training_need_torch_only():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_bridge_to_a_library_that_is_missing_names_the_extra():
+    done = python("import sys\nsys.modules['avalanche'] = None\nimport fasthyper.compat.avalanche")
+    wanted = "ModuleNotFoundError: avalanche is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
 def test_reference_is_bound_when_asked_for():
     assert python(TRAIN, backend="reference").stdout.startswith("reference (FASTHYPER_BACKEND=reference)")
 

@@ -1,1 +1,1 @@
-"""Bridges to other libraries' code."""
+"""Modules that stand in for those of other libraries, under their names."""

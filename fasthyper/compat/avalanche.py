@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthyper.compat.torchvision import import_torchvision
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.interrupt import deferred_interrupt
 from fasthyper.lookahead import look_ahead
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams.adapters import read
@@ -23,18 +23,19 @@ from fasthyper.streams.batches import Batches
 from fasthyper.streams.fetch import data_home, fetch
 from fasthyper.streams.stream import TaskData
 from fasthyper.trainer import Trainer
+from fasthyper.vision import torchvision
 
 try:
-    import_torchvision()
+    torchvision()
     from avalanche.core import SupervisedPlugin
     from avalanche.models import MultiTaskModule
     from avalanche.training.plugins.evaluation import default_evaluator
     from avalanche.training.templates import SupervisedTemplate
-except ModuleNotFoundError as error:
-    if error.name not in ("avalanche", "torchvision"):
+except ImportError as error:
+    if error.name not in ("avalanche", None):  # something that Avalanche itself misses
         raise
     message = "avalanche is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
-    raise ModuleNotFoundError(message, name=error.name) from error
+    raise ModuleNotFoundError(message, name="avalanche") from error
 
 NOT_CALLED = ("before_forward", "after_forward", "before_backward", "after_backward", "before_update", "after_update")
 
@@ -93,6 +94,8 @@ class HypernetStrategy(SupervisedTemplate):
             leaving out what fills none at the end of an epoch: no cost per example, but a random transform is drawn once.
             ``False``, or ``shuffle`` or ``drop_last`` given to ``train``, or a plugin that brings a data loader of its own:
             batches are those of Avalanche's data loader.
+
+    After Ctrl-C, which waits for the end of an iteration, training the same experience goes on where it stopped.
 
     Raises:
         TypeError: a plugin needs a callback that is not called.
@@ -176,14 +179,19 @@ class HypernetStrategy(SupervisedTemplate):
         """One pass over the experience's data."""
         keep_outputs = self.trainer.hnet.register_forward_hook(self._keep_outputs)
         try:
-            for batch in self._minibatches():
-                if self._stop_training:
-                    break
-                self.mbatch = batch
-                self._before_training_iteration(**kwargs)
-                loss, _ = self.trainer.step(self.mb_x, self.mb_y)
-                self.loss = torch.tensor(loss, device=self.device)
-                self._after_training_iteration(**kwargs)
+            with deferred_interrupt() as interrupted:
+                for batch in self._minibatches():
+                    if self._stop_training or interrupted():
+                        break
+                    self.mbatch = batch
+                    self._before_training_iteration(**kwargs)
+                    loss, _ = self.trainer.step(self.mb_x, self.mb_y)
+                    self.loss = torch.tensor(loss, device=self.device)
+                    self._after_training_iteration(**kwargs)
+                if interrupted():
+                    if self.trainer.out is not None:
+                        self.trainer.save(self.trainer.out)
+                    raise KeyboardInterrupt
         finally:
             keep_outputs.remove()
 
