@@ -44,7 +44,9 @@ def test_import_and_training_need_torch_only():
 
 def test_a_bridge_to_a_library_that_is_missing_names_the_extra():
     done = python("import sys\nsys.modules['avalanche'] = None\nimport fasthyper.compat.avalanche")
-    wanted = "ModuleNotFoundError: avalanche is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
+    wanted = (
+        "ModuleNotFoundError: avalanche-lib 0.6.0 is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
+    )
     assert done.stderr.splitlines()[-1] == wanted
 
 

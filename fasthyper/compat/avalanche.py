@@ -32,9 +32,9 @@ try:
     from avalanche.training.plugins.evaluation import default_evaluator
     from avalanche.training.templates import SupervisedTemplate
 except ImportError as error:
-    if error.name not in ("avalanche", None):  # something that Avalanche itself misses
+    if (error.name or "avalanche").partition(".")[0] != "avalanche":  # something that Avalanche itself misses
         raise
-    message = "avalanche is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
+    message = "avalanche-lib 0.6.0 is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
     raise ModuleNotFoundError(message, name="avalanche") from error
 
 NOT_CALLED = ("before_forward", "after_forward", "before_backward", "after_backward", "before_update", "after_update")
