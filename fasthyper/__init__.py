@@ -9,10 +9,10 @@
 
 from fasthyper.version import __version__  # isort: skip  (checks torch before anything else needs it)
 
-from fasthyper import metrics, nets, ops, streams
+from fasthyper import loggers, metrics, nets, ops, streams
 from fasthyper._backend import backends
 from fasthyper.compat.convert import from_hypercl, from_hypnettorch, to_hypercl, to_hypnettorch
-from fasthyper.errors import CheckpointError, DataError, FasthyperError, NonFiniteLossError
+from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError
 from fasthyper.export import load
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.lookahead import candidate_step
@@ -25,6 +25,7 @@ __all__ = [
     "ChunkedHypernet",
     "DataError",
     "FasthyperError",
+    "MissingPackageError",
     "NonFiniteLossError",
     "OutputRegularizer",
     "Results",
@@ -35,6 +36,7 @@ __all__ = [
     "from_hypercl",
     "from_hypnettorch",
     "load",
+    "loggers",
     "metrics",
     "nets",
     "ops",

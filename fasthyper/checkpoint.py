@@ -19,6 +19,7 @@ FORMAT = "fasthyper-checkpoint-1"
 HYPERNET_FORMAT = "fasthyper-hypernet-1"
 RESULTS_FORMAT = "fasthyper-results-1"
 CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
+LOGS = ("log.csv", "tensorboard", "wandb")  # may lie in a run's directory before its first checkpoint does
 
 
 def claim(directory: Path, name: str | None = None) -> None:
@@ -29,7 +30,7 @@ def claim(directory: Path, name: str | None = None) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; name a directory")
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir() and any(path.name not in LOGS for path in directory.iterdir()):
         if not (directory / RESULTS).exists() and not (directory / CHECKPOINT).exists():
             raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
         if name is not None and (directory / RESULTS).exists():

@@ -22,10 +22,15 @@ from fasthyper.checkpoint import CHECKPOINT
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.export import load
+from fasthyper.loggers import KINDS, open_logger
 from fasthyper.recipes import RECIPES, Recipe, run
 from fasthyper.streams import fetch
 
 _FIXED = ("name", "about", "source")
+_OPTIONAL = {  # package -> the extra that brings it
+    **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "hypnettorch": "bench"},
+    **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche"},
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,6 +62,7 @@ def _parser() -> _Parser:
     verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows")
     verb.add_argument("--out", type=Path, help="directory of the run (default: runs/RECIPE)")
     verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end")
+    verb.add_argument("--log", type=_kinds, default=(), metavar=",".join(KINDS), help="also log to these, in that directory")
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
@@ -103,7 +109,14 @@ def _run(args: argparse.Namespace) -> None:
     args.out = args.out or Path("runs") / recipe.name
     log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
     log(f"{recipe.name}: {recipe.about}")
-    trainer = run(recipe, args.out, progress=not args.json, log=log)
+    settings = dataclasses.asdict(recipe)
+    trainer = run(
+        recipe,
+        args.out,
+        progress=not args.json,
+        log=log,
+        loggers=lambda: [open_logger(kind, args.out, recipe.name, settings) for kind in args.log],
+    )
     if args.json:
         print(json.dumps({key: None if value != value else value for key, value in trainer.results.scores().items()}))
     else:
@@ -149,7 +162,7 @@ def _doctor(args: argparse.Namespace) -> None:
     for device, backend in fasthyper.backends().items():
         name, _, why = backend.partition(" ")
         facts.append((f"ops on {device}", name, why.strip("()")))
-    for package, extra in (("rich", ""), ("matplotlib", "plot"), ("sklearn", "digits"), ("hypnettorch", "bench")):
+    for package, extra in _OPTIONAL.items():
         have = importlib.util.find_spec(package) is not None
         fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
         facts.append((package, "installed" if have else "not installed", "" if have else fix))
@@ -173,6 +186,14 @@ def _recipe(name: str) -> Recipe:
         hint = f"did you mean {' or '.join(close)}?" if close else "`fasthyper list` shows them"
         raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {hint}")
     return RECIPES[name]
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(filter(None, text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise argparse.ArgumentTypeError(f"unknown logger {kind!r}; choose from {', '.join(KINDS)}")
+    return kinds
 
 
 class _None:

@@ -15,3 +15,7 @@ class CheckpointError(FasthyperError):
 
 class NonFiniteLossError(FasthyperError):
     """The loss or the drift became NaN or infinite."""
+
+
+class MissingPackageError(FasthyperError, ImportError):
+    """An optional package is not installed."""

@@ -18,6 +18,7 @@ from fasthyper.errors import NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.interrupt import deferred_interrupt
+from fasthyper.loggers import Logger
 from fasthyper.lookahead import look_ahead, take_step
 from fasthyper.metrics import Results, TaskRecord, peak_memory
 from fasthyper.progress import training_bar
@@ -58,6 +59,7 @@ class Trainer:
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
         progress: whether to show a bar.
+        loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
 
     Raises:
         ValueError: unknown optimizer, or a negative number where none can be.
@@ -81,6 +83,7 @@ class Trainer:
         name: str = "run",
         settings: dict[str, Any] | None = None,
         progress: bool = True,
+        loggers: Sequence[Logger] = (),
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -102,7 +105,7 @@ class Trainer:
         self.hnet = hnet if device is None else hnet.to(device)
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
         self.out = None if out is None else Path(out)
-        self.progress = progress
+        self.progress, self.loggers = progress, list(loggers)
         self.results = Results()
         self.regularizer = OutputRegularizer(hnet)
         self._current: _TaskInTraining | None = None
@@ -137,37 +140,80 @@ class Trainer:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device)
-        every = max(1, steps // SAMPLES_PER_TASK)
         title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
-        self.hnet.train()
         with deferred_interrupt() as interrupted:
-            current = self._current = self._current or self._begin(index, name)
-            if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
-                raise ValueError(f"the hypernetwork has grown in the middle of task {index}; add tasks between tasks")
-            began, seconds_before = time.perf_counter(), current.record.seconds
-            with training_bar(title, current.record.steps, steps, self.progress) as show:
-                for step in range(current.record.steps, steps):
-                    loss, drift = self._step(current, *data.batch(batches.indices(step)))
-                    current.record.steps = step + 1
-                    current.record.samples += batches.batch_size
-                    current.record.seconds = seconds_before + time.perf_counter() - began
-                    if step % every == 0 or step + 1 == steps:
-                        current.record.loss.append((step, loss))
-                        if not math.isnan(drift):
-                            current.record.drift.append((step, drift))
-                    show(step + 1, loss, drift)
+            start = self.begin_task(steps=steps, name=name)
+            with training_bar(title, start, steps, self.progress) as show:
+                for step in range(start, steps):
+                    show(step + 1, *self.step(*data.batch(batches.indices(step))))
                     if interrupted():
                         break
             if interrupted():
                 if self.out is not None:
                     self.save(self.out)
                 raise KeyboardInterrupt
-        self.results.tasks.append(current.record)
+        return self.end_task()
+
+    def begin_task(self, *, steps: int, name: str = "") -> int:
+        """Begins the next task, for a loop of one's own around ``step``: new optimizers, and a snapshot of the past tasks.
+
+        Args:
+            steps: how many are planned; it sets how often the curves in the record are sampled.
+            name: of the task.
+
+        Returns:
+            Steps taken so far: 0, or more where a task that was interrupted goes on.
+
+        Raises:
+            IndexError: the hypernetwork has no embedding for the next task.  ValueError: it has grown since the task began.
+        """
+        self.hnet.train()
+        current = self._current = self._current or self._begin(len(self.results.tasks), name)
+        if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
+            index = current.record.index
+            raise ValueError(f"the hypernetwork has grown in the middle of task {index}; add tasks between tasks")
+        current.planned, current.clock = steps, time.perf_counter()
+        return current.record.steps
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """One update on a batch of the task begun, inputs and labels: task loss and drift (NaN without one) before it.
+
+        Raises:
+            RuntimeError: no task was begun.  NonFiniteLossError: as in ``fit``.
+        """
+        if self._current is None:
+            raise RuntimeError("no task is under way: call begin_task first")
+        current, record = self._current, self._current.record
+        loss, drift = self._step(current, x, y)
+        step, now = record.steps, time.perf_counter()
+        record.steps, record.samples = step + 1, record.samples + len(y)
+        record.seconds, current.clock = record.seconds + now - current.clock, now
+        if step % max(1, current.planned // SAMPLES_PER_TASK) == 0 or step + 1 == current.planned:
+            record.loss.append((step, loss))
+            if not math.isnan(drift):
+                record.drift.append((step, drift))
+        for logger in self.loggers:
+            if step % logger.every == 0:
+                logger.on_step(record.index, step, self._total_steps(), loss, drift)
+        return loss, drift
+
+    def end_task(self) -> TaskRecord:
+        """Ends the task begun: its record joins ``results``, and with ``out`` the state is saved.
+
+        Raises:
+            RuntimeError: no task was begun.
+        """
+        if self._current is None:
+            raise RuntimeError("no task is under way: call begin_task first")
+        record = self._current.record
+        self.results.tasks.append(record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         self._current = None
+        for logger in self.loggers:
+            logger.on_task_end(record, self._total_steps())
         if self.out is not None:
             self.save(self.out)
-        return current.record
+        return record
 
     @torch.no_grad()
     def evaluate(self, tasks: Any) -> list[float]:
@@ -189,7 +235,10 @@ class Trainer:
                 hits += (self.hnet.target(weights, x.to(self.hnet.basis.dtype), index).argmax(1) == y).sum()
             accuracies[index] = hits.item() / len(data)
         if self.results.tasks:
-            self.results.accuracy.setdefault(len(self.results.tasks) - 1, {}).update(accuracies)
+            trained = len(self.results.tasks) - 1
+            self.results.accuracy.setdefault(trained, {}).update(accuracies)
+            for logger in self.loggers:
+                logger.on_evaluate(trained, accuracies, self._total_steps())
             if self.out is not None:
                 self.save(self.out)
         return list(accuracies.values())
@@ -230,13 +279,14 @@ class Trainer:
         device: torch.device | str | None = None,
         out: str | Path | None = None,
         progress: bool = True,
+        loggers: Sequence[Logger] = (),
     ) -> Trainer:
         """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
             directory: where ``save`` wrote.
             target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
-            device, out, progress: as in the constructor.
+            device, out, progress, loggers: as in the constructor.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
@@ -244,7 +294,7 @@ class Trainer:
         tensors, state = checkpoint.load(Path(directory))
         try:
             hnet = rebuild(with_prefix(tensors, "hnet."), state, target)
-            trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress)
+            trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress, loggers=loggers)
             trainer.results = Results.from_json(state["results"])
             if state["current"] is not None:
                 record = TaskRecord.from_json(state["current"])
@@ -255,6 +305,10 @@ class Trainer:
         except UNFIT as error:
             raise unfit(Path(directory) / checkpoint.CHECKPOINT, error) from error
         return trainer
+
+    def _total_steps(self) -> int:
+        """Steps of all tasks so far, the one under way included."""
+        return sum(record.steps for record in self.results.tasks) + self.current_step
 
     def _next(self, task: Any) -> tuple[int, str, TaskData]:
         index = len(self.results.tasks)
@@ -346,6 +400,7 @@ class _TaskInTraining:
     ):
         self.record, self.held, self.free = record, held, free
         self.held_optimizer, self.free_optimizer = held_optimizer, free_optimizer
+        self.planned, self.clock = 0, 0.0  # steps to come in all; when the last one ended
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"held": self.held_optimizer, "free": self.free_optimizer}

@@ -154,3 +154,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert "going on in" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=240)
+
+
+def test_run_logs_into_its_directory(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert cli("run", "permuted-digits", "--out", out, "--json", "--log", "csv", *SMALL) == 0
+    rows = (out / "log.csv").read_text().splitlines()
+    assert rows[0].startswith("event,task,step") and sum(row.startswith("evaluate") for row in rows) == 3
+    assert cli("run", "permuted-digits", "--out", out, "--json", "--log", "csv", *SMALL) == 0  # nothing left to train
+    assert (out / "log.csv").read_text().splitlines() == rows
+    capsys.readouterr()
+    assert cli("run", "permuted-digits", "--log", "csv,tensorbord") == 2
+    one_line(capsys, "unknown logger 'tensorbord'; choose from csv, tensorboard, wandb")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli("run", "permuted-digits", "--out", tmp_path / "other", "--json", "--log", "wandb", *SMALL) == 1
+    assert "pip install 'fasthyper[wandb]'" in capsys.readouterr().err

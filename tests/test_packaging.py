@@ -27,9 +27,27 @@ print(fh.backends()['cpu'])
 
 
 def test_import_and_training_need_torch_only():
-    others = ("rich", "safetensors", "matplotlib", "sklearn", "hypnettorch")
+    others = (
+        "rich",
+        "safetensors",
+        "matplotlib",
+        "sklearn",
+        "hypnettorch",
+        "avalanche",
+        "tensorboard",
+        "torchvision",
+        "wandb",
+    )
     done = python(f"import sys\nsys.modules.update(dict.fromkeys({others}))\n{TRAIN}")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bridge_to_a_library_that_is_missing_names_the_extra():
+    done = python("import sys\nsys.modules['avalanche'] = None\nimport fasthyper.compat.avalanche")
+    wanted = (
+        "ModuleNotFoundError: avalanche-lib 0.6.0 is not installed: pip install -c constraints.txt 'fasthyper[avalanche]'"
+    )
+    assert done.stderr.splitlines()[-1] == wanted
 
 
 def test_reference_is_bound_when_asked_for():

@@ -259,3 +259,22 @@ def test_quick_start_of_the_readme_runs_verbatim(tmp_path, monkeypatch):
     assert names["weights"].keys() == names["target"].state_dict().keys()
     assert names["hnet"].num_tasks == 11
     assert fh.Trainer.load("runs/p10").results == names["trainer"].results
+
+
+def test_a_loop_of_ones_own_takes_the_steps_of_fit():
+    fitted, stepped = (fh.Trainer(toy_hnet(2), lr=0.01, beta=0.1, progress=False) for _ in range(2))
+    for task in toy_stream(2):
+        fitted.fit(task, steps=6, batch_size=16)
+        batches = Batches(len(task.train), 16, seed=0, task=task.index)
+        assert stepped.begin_task(steps=6, name=task.name) == 0
+        for step in range(6):
+            assert stepped.current_step == step
+            stepped.step(*task.train.batch(batches.indices(step)))
+        assert stepped.begin_task(steps=6) == 6  # still the same task
+        record = stepped.end_task()
+        assert record.seconds > 0 and (record.steps, record.samples) == (6, 96)
+        assert (record.loss, record.drift) == (fitted.results.tasks[-1].loss, fitted.results.tasks[-1].drift)
+    assert all(torch.equal(a, b) for a, b in zip(fitted.hnet.parameters(), stepped.hnet.parameters(), strict=True))
+    for call in (lambda: stepped.step(torch.ones(1, 6), torch.zeros(1)), stepped.end_task):
+        with pytest.raises(RuntimeError, match="no task is under way: call begin_task first"):
+            call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from fasthyper import nets, streams
 from fasthyper.checkpoint import CHECKPOINT, claim
 from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.loggers import Logger
 from fasthyper.streams.fetch import fetch
 from fasthyper.trainer import Trainer
 
@@ -56,8 +57,16 @@ STREAMS: dict[str, Callable[[Recipe], streams.Stream]] = {
 }
 
 
-def run(recipe: Recipe, out: Path, progress: bool = True, log: Callable[[str], None] = print) -> Trainer:
+def run(
+    recipe: Recipe,
+    out: Path,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    loggers: Callable[[], Sequence[Logger]] = list,
+) -> Trainer:
     """Trains ``recipe`` into ``out``, or goes on with it; evaluates all tasks so far after each one.
+
+    ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end.
 
     Raises:
         ValueError: a setting that cannot be.  DataError: the data cannot be had.
@@ -75,13 +84,18 @@ def run(recipe: Recipe, out: Path, progress: bool = True, log: Callable[[str], N
         log(f"{out} holds all {done} tasks already; nothing to train")
     elif done or trainer.current_step:
         log(f"going on in {out}: {done} of {len(stream)} tasks are done, {trainer.current_step} steps into the next")
-    if done and (done - 1) not in trainer.results.accuracy:
-        trainer.evaluate(stream[:done])
-    for task in stream[done:]:
-        trainer.fit(task, steps=recipe.steps, batch_size=recipe.batch_size)
-        accuracies = trainer.evaluate(stream[: task.index + 1])
-        mean = sum(accuracies) / len(accuracies)
-        log(f"    accuracy {100 * accuracies[-1]:.2f} %, mean over {len(accuracies)} tasks {100 * mean:.2f} %")
+    trainer.loggers = list(loggers()) if done < len(stream) else []
+    try:
+        if done and (done - 1) not in trainer.results.accuracy:
+            trainer.evaluate(stream[:done])
+        for task in stream[done:]:
+            trainer.fit(task, steps=recipe.steps, batch_size=recipe.batch_size)
+            accuracies = trainer.evaluate(stream[: task.index + 1])
+            mean = sum(accuracies) / len(accuracies)
+            log(f"    accuracy {100 * accuracies[-1]:.2f} %, mean over {len(accuracies)} tasks {100 * mean:.2f} %")
+    finally:
+        for logger in trainer.loggers:
+            logger.close()
     return trainer
 
 

@@ -26,9 +26,14 @@ class Batches:
         self.num_examples, self.batch_size = num_examples, min(batch_size, num_examples)
         self._seed, self._device, self._epoch = (seed, task), device, -1
 
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return self.num_examples // self.batch_size
+
     def indices(self, step: int) -> Tensor:
         """int64 ``[batch_size]``, the examples of step ``step`` (counted from 0)."""
-        epoch, batch = divmod(step, self.num_examples // self.batch_size)
+        epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(*self._seed, epoch))
             self._order = torch.randperm(self.num_examples, generator=generator).to(self._device)
