@@ -137,7 +137,13 @@ def _doctor(args: argparse.Namespace) -> None:
     for device, backend in fasthyper.backends().items():
         name, _, why = backend.partition(" ")
         facts.append((f"ops on {device}", name, why.strip("()")))
-    for package, extra in (("rich", ""), ("matplotlib", "plot"), ("sklearn", "digits"), ("hypnettorch", "bench")):
+    for package, extra in (
+        ("rich", ""),
+        ("matplotlib", "plot"),
+        ("sklearn", "digits"),
+        ("torchvision", "vision"),
+        ("hypnettorch", "bench"),
+    ):
         have = importlib.util.find_spec(package) is not None
         fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
         facts.append((package, "installed" if have else "not installed", "" if have else fix))

@@ -18,6 +18,7 @@ ALLOWED = {
     "progress": set(),
     "metrics": set(),
     "nets": set(),
+    "vision": set(),
     "streams": {"errors"},
     "reference": {"activations"},
     "ops": {"reference"},
