@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fasthyper import ops
 from fasthyper.activations import ACTIVATIONS
+from fasthyper.init import INITS, hyperfan_, xavier
 from fasthyper.layout import Block, Layout
 from fasthyper.planner import factorises
 from fasthyper.streams.batches import derived_seed
@@ -38,14 +38,17 @@ class ChunkedHypernet(nn.Module):
             fewer multiply-adds where H and the chunks of a layer are many. S is then at most ``chunk_size``, or the longest
             row where one is longer, and N about as many as when laid flat. The target's ``forward`` may read such a layer's
             ``weight``, which makes it; going through ``parameters()`` there raises.
+        init: how trunk and basis begin. ``"xavier"``: as in the papers' experiments. ``"hyperfan"``: so that the target's
+            weights have the variances that keep the second moment of what passes through its layers, taken to be followed
+            by ReLU; ``"hyperfan-out"``: that of gradients; ``"hyperfan-harmonic"``: the harmonic mean of both (DESIGN E6).
+        embedding_std: of the normal distribution of task and chunk embeddings; with hyperfan, of the chunk embeddings whose
+            weights are the smallest.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
 
-    Weights start Xavier-uniform, biases at 0, embeddings standard normal, as in the papers' experiments.
-
     Raises:
-        ValueError: a size below 1, an unknown activation or layout, or a target that cannot be generated.
+        ValueError: a size below 1, an unknown activation, layout or init, or a target that cannot be generated.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class ChunkedHypernet(nn.Module):
         activation: str = "relu",
         outputs_per_task: int | None = None,
         layout: str = "flat",
+        init: str = "xavier",
+        embedding_std: float = 1.0,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -68,6 +73,8 @@ class ChunkedHypernet(nn.Module):
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
         if layout not in ("flat", "aligned"):
             raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
+        if init not in INITS or embedding_std <= 0:
+            raise ValueError(f"init must be one of {', '.join(INITS)} and embedding_std positive, got {init!r}")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
         self.target = Target(target, outputs_per_task)
@@ -84,22 +91,28 @@ class ChunkedHypernet(nn.Module):
             "activation": activation,
             "outputs_per_task": outputs_per_task,
             "layout": layout,
+            "init": init,
+            "embedding_std": embedding_std,
             "seed": seed,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        self.seed, self.task_dim = seed, task_dim
+        self.seed, self.task_dim, self.embedding_std = seed, task_dim, embedding_std
         self.activation = ACTIVATIONS[activation]
 
         generator = torch.Generator().manual_seed(seed)
         chunk_dim = chunk_dim if chunk_size is not None else 0
         widths = (task_dim + chunk_dim, *hidden)
         self.chunk_embeddings = nn.Parameter(
-            torch.randn(self.layout.num_chunks, chunk_dim, generator=generator, dtype=dtype)
+            embedding_std * torch.randn(self.layout.num_chunks, chunk_dim, generator=generator, dtype=dtype)
         )
-        self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
+        self.trunk_weights = nn.ParameterList(xavier(o, i, generator, dtype) for i, o in pairwise(widths))
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
-        basis = _xavier(self.layout.chunk_size, widths[-1], generator, dtype)
+        basis = xavier(self.layout.chunk_size, widths[-1], generator, dtype)
         self.basis = nn.Parameter(torch.cat([basis, basis.new_zeros(len(basis), 1)], 1))  # last column: the bias
+        if init != "xavier":
+            shapes = dict(zip(self.target.names, self.target.shapes, strict=True))
+            module, settings = self.target.module, (self.activation, embedding_std, generator)
+            hyperfan_(init, self.theta, self.layout, module, shapes, *settings)
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -130,7 +143,7 @@ class ChunkedHypernet(nn.Module):
         if self.target.heads and index >= len(self.target.heads):
             raise ValueError(f"the target has {len(self.target.heads)} output heads, no room for task {index}")
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index))
-        embedding = torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
+        embedding = self.embedding_std * torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
         self.task_embeddings.append(nn.Parameter(embedding.to(self.basis.device)))
         return index
 
@@ -227,8 +240,3 @@ def _join(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     if len(parts) == 1:
         return parts[0].view(shape)
     return torch.cat([part.flatten() for part in parts]).view(shape)
-
-
-def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    bound = math.sqrt(6 / (num_inputs + num_outputs))
-    return torch.empty(num_outputs, num_inputs, dtype=dtype).uniform_(-bound, bound, generator=generator)

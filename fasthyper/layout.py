@@ -86,6 +86,10 @@ class Layout:
         self.heads = [[laid for span in ranges for laid in self._laid(span)] for ranges in heads]
         self.shared = _complement([r for ranges in self.heads for r in ranges], num_weights)
 
+    def places(self, span: Range) -> list[Rectangle]:
+        """Where weights ``span`` of the flat vector lie."""
+        return [r for laid in self._laid(span) for r in self.rectangles(laid)]
+
     def rectangles(self, span: Range) -> list[Rectangle]:
         """Where weights ``span`` lie, in the order in which they are laid; at most three rectangles in a block."""
         rectangles, start = [], 0

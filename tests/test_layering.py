@@ -29,7 +29,8 @@ ALLOWED = {
     "environment": {"version", "_backend"},
     "checkpoint": {"errors"},
     "lookahead": {"ops"},
-    "hypernet": {"activations", "layout", "ops", "planner", "streams", "target", "trunk"},
+    "init": {"activations", "layout", "trunk"},
+    "hypernet": {"activations", "init", "layout", "ops", "planner", "streams", "target", "trunk"},
     "regularizer": {"hypernet", "ops", "planner", "reference", "trunk"},
     "trainer": {
         *("checkpoint", "environment", "errors", "hypernet", "interrupt", "lookahead", "metrics", "nets", "progress"),
