@@ -123,18 +123,16 @@ def fit(
     Args:
         places: of each parameter.  wanted: ``starts`` of it; those of layer ``""`` count in chunks without another.
     """
-    layers = {layer: index for index, layer in enumerate(dict.fromkeys(start.layer for start in wanted))}
-    spans = torch.tensor([(*r, layers[s.layer]) for rs, s in zip(places, wanted, strict=True) for r in rs])
-    variances = torch.ones(len(layers), dtype=torch.float64)
-    for start in wanted:
-        variances[layers[start.layer]] = start.variance
+    layers = list(dict.fromkeys(wanted))
+    spans = torch.tensor([(*r, layers.index(s)) for rs, s in zip(places, wanted, strict=True) for r in rs])
+    variances = torch.tensor([start.variance for start in layers], dtype=torch.float64)
     chunk_lo, chunk_hi, col_lo, col_hi, owner = spans.split(1, 1)
     cuts = torch.cat([col_lo, col_hi, torch.tensor([[0], [num_cols]])]).unique()
     numbers, widths = torch.arange(num_chunks), cuts.diff()
     in_chunk = ((chunk_lo <= numbers) & (numbers < chunk_hi)).double()  # rectangles x chunks
     in_cols = ((col_lo <= cuts[:-1]) & (cuts[:-1] < col_hi)) * widths.double()  # rectangles x ranges of columns
     owner = owner.flatten()
-    free = torch.tensor([layer == "" for layer in layers])
+    free = torch.tensor([start.layer == "" for start in layers])
 
     def shares(chunks: Tensor, cols: Tensor) -> Tensor:
         """Sum of each layer, as parts in chunks and, again, in ranges of columns."""
@@ -220,7 +218,6 @@ def _fans(layer: nn.Module, p: Tensor) -> tuple[int, int, int]:
     """Fan-in, fan-out and number of outputs of a layer's weight."""
     if isinstance(layer, nn.Embedding):
         return 2, 2, -1  # of variance 1
-    field, groups = p[0, 0].numel(), getattr(layer, "groups", 1)
-    if getattr(layer, "transposed", False):
-        return p.shape[0] // groups * field, p.shape[1] * field, p.shape[1] * groups
-    return p.shape[1] * field, p.shape[0] // groups * field, p.shape[0]
+    field, groups = math.prod(p.shape[2:]), getattr(layer, "groups", 1)
+    rows, others = max(1, p.shape[0] // groups * field), max(1, p.shape[1] * field)
+    return (rows, others, p.shape[1] * groups) if getattr(layer, "transposed", False) else (others, rows, p.shape[0])

@@ -140,6 +140,7 @@ def test_fans_of_other_layers():
     assert found["transposed.weight"].variance == 2 / (6 * 4)
     assert found["embedding.weight"].variance == 1
     assert found["gru.weight_ih_l0"].variance == found["gru.bias_ih_l0"].variance == 2 / (3 + 1)
+    assert found["gru.weight_hh_l0"].variance == 2 / (5 + 1)
     assert {found[f"{name}.{key}"].layer for name in ("norm", "group") for key in ("weight", "bias")} == {""}
 
 
