@@ -28,7 +28,7 @@ from fasthyper.streams import fetch
 
 _FIXED = ("name", "about", "source")
 _OPTIONAL = {  # package -> the extra that brings it
-    **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "hypnettorch": "bench"},
+    **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "torchvision": "vision", "hypnettorch": "bench"},
     **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche"},
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fasthyper import checkpoint, nets
 from fasthyper.activations import ACTIVATIONS
 from fasthyper.generation import Generator
+from fasthyper.init import INITS, hyperfan_, xavier
 from fasthyper.layout import Block, Layout
 from fasthyper.mixed import MixedBatch
 from fasthyper.shared import HoldsTarget
@@ -51,11 +51,14 @@ class ChunkedHypernet(HoldsTarget):
         grow_heads: whether ``add_task`` beyond the output heads that the target was built with adds heads, of weights laid
             after all others; those of past tasks stay in place, bit for bit. A longer parameter then replaces one: make
             optimizers anew, one from before would go on with the old.
+        init: how trunk and basis begin. ``"xavier"``: as in the papers' experiments. ``"hyperfan"``: so that the target's
+            weights have the variances that keep the second moment of what passes through its layers, taken to be followed
+            by ReLU; ``"hyperfan-out"``: that of gradients; ``"hyperfan-harmonic"``: the harmonic mean of both (DESIGN E6).
+        embedding_std: of the normal distribution of task and chunk embeddings; with hyperfan, of the chunk embeddings whose
+            weights are the smallest.
         seed: of the initial weights and of every task embedding, also of tasks added later; the global generator is not
             touched.
         dtype: ``torch.float32`` or ``torch.float64``.
-
-    Weights start Xavier-uniform, biases at 0, embeddings standard normal, as in the papers' experiments.
 
     Raises:
         ValueError: a size below 1, an unknown option, a pattern that matches nothing, or a target that cannot be generated.
@@ -76,6 +79,8 @@ class ChunkedHypernet(HoldsTarget):
         generate: str | Sequence[str] = "*",
         rest: str = "frozen",
         grow_heads: bool = False,
+        init: str = "xavier",
+        embedding_std: float = 1.0,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -84,6 +89,8 @@ class ChunkedHypernet(HoldsTarget):
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
         if layout not in ("flat", "aligned"):
             raise ValueError(f"unknown layout {layout!r}; choose from flat, aligned")
+        if init not in INITS or embedding_std <= 0:
+            raise ValueError(f"init must be one of {', '.join(INITS)} and embedding_std positive, got {init!r}")
         if min([task_dim, *hidden, *([] if chunk_size is None else [chunk_size, chunk_dim])]) < 1 or num_tasks < 0:
             raise ValueError("chunk_size, hidden, task_dim and chunk_dim must be at least 1, num_tasks at least 0")
         if rest not in ("frozen", "trained"):
@@ -105,21 +112,27 @@ class ChunkedHypernet(HoldsTarget):
             "generate": generate if isinstance(generate, str) else list(generate),
             "rest": rest,
             "grow_heads": grow_heads,
+            "init": init,
+            "embedding_std": embedding_std,
             "seed": seed,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        self.seed, self.task_dim = seed, task_dim
+        self.seed, self.task_dim, self.embedding_std = seed, task_dim, embedding_std
         self.activation = ACTIVATIONS[activation]
 
         generator = torch.Generator().manual_seed(seed)
         chunk_dim = chunk_dim if chunk_size is not None else 0
         widths = (task_dim + chunk_dim, *hidden)
         self.chunk_embeddings = nn.Parameter(
-            torch.randn(self.layout.num_chunks, chunk_dim, generator=generator, dtype=dtype)
+            embedding_std * torch.randn(self.layout.num_chunks, chunk_dim, generator=generator, dtype=dtype)
         )
-        self.trunk_weights = nn.ParameterList(_xavier(o, i, generator, dtype) for i, o in pairwise(widths))
+        self.trunk_weights = nn.ParameterList(xavier(o, i, generator, dtype) for i, o in pairwise(widths))
         self.trunk_biases = nn.ParameterList(torch.zeros(o, dtype=dtype) for o in widths[1:])
-        self.basis = nn.Parameter(_with_bias(_xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
+        self.basis = nn.Parameter(_with_bias(xavier(self.layout.chunk_size, widths[-1], generator, dtype)))
+        if init != "xavier":
+            shapes = dict(zip(self.target.names, self.target.shapes, strict=True))
+            module, settings = self.target.module, (self.activation, embedding_std, generator)
+            hyperfan_(init, self.theta, self.layout, module, shapes, *settings)
         self.task_embeddings = nn.ParameterList()
         for _ in range(num_tasks):
             self.add_task()
@@ -156,7 +169,7 @@ class ChunkedHypernet(HoldsTarget):
         if self.statistics is not None:
             self.statistics.add_task()
         generator = torch.Generator().manual_seed(derived_seed(self.seed, index))
-        embedding = torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
+        embedding = self.embedding_std * torch.randn(self.task_dim, generator=generator, dtype=self.basis.dtype)
         self.task_embeddings.append(nn.Parameter(embedding.to(self.basis.device)))
         return index
 
@@ -294,16 +307,11 @@ class ChunkedHypernet(HoldsTarget):
         name = "basis" if block.col_lo else "chunk_embeddings"
         old = self.get_parameter(name)
         if block.col_lo:
-            more = _with_bias(_xavier(block.size, self.width, generator, old.dtype))
+            more = _with_bias(xavier(block.size, self.width, generator, old.dtype))
         else:
-            more = torch.randn(block.num_chunks, old.shape[1], generator=generator, dtype=old.dtype)
+            more = self.embedding_std * torch.randn(block.num_chunks, old.shape[1], generator=generator, dtype=old.dtype)
         setattr(self, name, nn.Parameter(torch.cat([old.detach(), more.to(old.device)]), old.requires_grad))
 
 
 def _with_bias(weight: Tensor) -> Tensor:
     return torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
-
-
-def _xavier(num_outputs: int, num_inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    bound = math.sqrt(6 / (num_inputs + num_outputs))
-    return torch.empty(num_outputs, num_inputs, dtype=dtype).uniform_(-bound, bound, generator=generator)

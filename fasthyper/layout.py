@@ -103,6 +103,10 @@ class Layout:
         self.chunk_size = max(self.chunk_size, block.col_lo + block.size)
         return block
 
+    def places(self, span: Range) -> list[Rectangle]:
+        """Where weights ``span`` of the flat vector lie."""
+        return [r for laid in self._laid(span) for r in self.rectangles(laid)]
+
     def rectangles(self, span: Range) -> list[Rectangle]:
         """Where weights ``span`` lie, in the order in which they are laid; at most three rectangles in a block."""
         rectangles, start = [], 0

@@ -479,7 +479,7 @@ def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs:
             same but for rounding; ``planner.factorises`` says which costs less.
 
     Returns:
-        ``[B, O]`` in the dtype of ``x`` (float32 for half types): output ``n r + j`` is
+        ``[B, O]`` in the dtype of ``x`` (float32 for half types; that of ``h`` under autocast): output ``n r + j`` is
         ``sum_i x[b, i] basis[j I + i] [h[n] | 1]``. No gradient of the weight is stored either; that of ``x`` is made only
         where it is needed. Second derivatives raise.
 
@@ -488,6 +488,8 @@ def hyper_linear(x: Tensor, h: Tensor, basis: Tensor, *, rows: int, num_outputs:
         TypeError: dtypes differ or are not floating point.
     """
     op = "hyper_linear"
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(h.dtype)
     _check_dtypes(op, x=x, h=h, basis=basis)
     _check_shape(op, "h", h, ("N", "H"))
     _check_shape(op, "basis", basis, ("S", h.shape[1] + 1))

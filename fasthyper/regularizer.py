@@ -82,7 +82,8 @@ class OutputRegularizer:
             some = self.embeddings0[lo : lo + tasks_at_once]
             pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
             plan = _some_tasks(self._all, lo, lo + len(some))
-            grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
+            with torch.autocast(h0.device.type, enabled=False):
+                grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
         return (pre if stores else []), grams
 
     def penalty(

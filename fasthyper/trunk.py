@@ -5,9 +5,11 @@ theta = chunk embeddings ``[N, Z]``, then weight ``[o, i]`` and bias ``[o]`` of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +24,21 @@ class Trunk(NamedTuple):
     features: Tensor
 
 
+T = TypeVar("T")
+
+
+def in_own_dtype(function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` in the dtype of ``theta``, its first argument, also where the caller has autocast on, as ops are."""
+
+    @wraps(function)
+    def run(theta: Sequence[Tensor], *args: Any, **kwargs: Any) -> T:
+        with torch.autocast(theta[0].device.type, enabled=False):
+            return function(theta, *args, **kwargs)
+
+    return run
+
+
+@in_own_dtype
 def run_trunk(theta: Sequence[Tensor], embeddings: Tensor, activation: Activation) -> Trunk:
     """Runs all chunks of all tasks, ``embeddings`` ``[T, E]``, through the trunk; without layers a feature is [e_t, z_n]."""
     chunk_embeddings, *layers, _ = theta
@@ -35,6 +52,7 @@ def run_trunk(theta: Sequence[Tensor], embeddings: Tensor, activation: Activatio
     return Trunk(pre, activation.value(pre[-1]))
 
 
+@in_own_dtype
 def trunk_drift(
     theta: Sequence[Tensor],
     theta0: Sequence[Tensor],

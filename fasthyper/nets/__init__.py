@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from fasthyper.nets.lenet import LeNet
 from fasthyper.nets.mlp import MLP
-from fasthyper.nets.resnet import ResNet
+from fasthyper.nets.resnet import ResNet, resnet20, resnet32, resnet56
+from fasthyper.nets.wrn import WRN, wrn_28_10
+from fasthyper.nets.zenkenet import ZenkeNet
 
-__all__ = ["MLP", "ResNet", "build", "describe"]
+__all__ = ["MLP", "WRN", "LeNet", "ResNet", "ZenkeNet", "build", "describe", "resnet20", "resnet32", "resnet56", "wrn_28_10"]
 
-_CLASSES: dict[str, type[nn.Module]] = {"MLP": MLP, "ResNet": ResNet}
+_CLASSES: dict[str, type[nn.Module]] = {net.__name__: net for net in (MLP, LeNet, ZenkeNet, ResNet, WRN)}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
