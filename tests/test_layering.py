@@ -37,12 +37,14 @@ ALLOWED = {
     "recipes": {"checkpoint", "errors", "hypernet", "nets", "streams", "trainer"},
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
+    "compat": {"activations", "layout", "lookahead", "ops", "planner", "reference", "trunk"},
     "cli": {"bench", "checkpoint", "environment", "errors", "recipes", "report", "streams"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {  # beside torch and the standard library; imported inside functions only
     "bench": {"hypnettorch", "matplotlib", "rich"},
     "checkpoint": {"safetensors"},
+    "compat": {"hypnettorch", "numpy"},
     "progress": {"rich"},
     "report": {"matplotlib", "numpy"},
     "streams": {"sklearn"},
