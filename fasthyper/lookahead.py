@@ -10,29 +10,29 @@ from torch import Tensor
 
 from fasthyper import ops
 
-_UNSUPPORTED = ("amsgrad", "maximize", "centered")
 
-
-def candidate_step(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def candidate_step(optimizer: torch.optim.Optimizer, *, differentiable: bool = False) -> list[Tensor]:
     """The change that ``optimizer.step()`` would make to each of its parameters, from their ``.grad`` as it stands.
 
     Neither the parameters nor the optimizer's state change. A parameter whose ``.grad`` is ``None`` is left out by
     ``step()``: its change is 0.
 
     Args:
-        optimizer: ``torch.optim`` Adam, AdamW, SGD (momentum, dampening, Nesterov) or RMSprop (momentum), weight decay
-            included.
+        optimizer: ``torch.optim`` Adam or AdamW (amsgrad), SGD (momentum, dampening, Nesterov) or RMSprop (momentum,
+            centered), weight decay and ``maximize`` included.
+        differentiable: in the gradients, where they were made with ``create_graph=True``; not through weight decay.
 
     Returns:
-        One detached tensor per parameter, in the order of the parameter groups, shaped like the parameter.
+        One tensor per parameter, in the order of the parameter groups, shaped like the parameter; detached unless
+        ``differentiable``.
 
     Raises:
-        TypeError: another optimizer.  ValueError: amsgrad, maximize or centered.
+        TypeError: another optimizer, or a sparse gradient.
     """
     rule = _rule(optimizer)
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         return [
-            torch.zeros_like(p) if p.grad is None else rule(p, p.grad, optimizer.state.get(p, {}), group)
+            torch.zeros_like(p) if p.grad is None else _change(rule, p, p.grad, optimizer.state.get(p, {}), group)
             for group in optimizer.param_groups
             for p in group["params"]
         ]
@@ -91,11 +91,15 @@ def _rule(optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
     if rule is None:
         known = ", ".join(optimizer_class.__name__ for optimizer_class in _RULES)
         raise TypeError(f"no candidate step for {type(optimizer).__name__}; use one of {known}, or lookahead=False")
-    for group in optimizer.param_groups:
-        for option in _UNSUPPORTED:
-            if group.get(option):
-                raise ValueError(f"no candidate step for {type(optimizer).__name__} with {option}=True")
     return rule
+
+
+def _change(
+    rule: Callable[..., Tensor], param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> Tensor:
+    if grad.is_sparse:
+        raise TypeError("no candidate step for a sparse gradient")
+    return rule(param.detach(), -grad if group["maximize"] else grad, state, group)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -121,7 +125,10 @@ def _adam_settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adam(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    state = state or {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "step": torch.zeros(())}
+    zeros = torch.zeros_like(param)
+    state = state or {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros, "step": torch.zeros(())}
+    if group["amsgrad"]:
+        return _amsgrad(param, grad, state, group)
     return ops.adam_delta(
         param,
         grad,
@@ -130,6 +137,18 @@ def _adam(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, A
         state["step"],
         **_adam_settings(group),
     )
+
+
+def _amsgrad(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """E4 with the largest second moment so far in place of the second moment."""
+    lr, decay, (beta1, beta2), after = group["lr"], group["weight_decay"], group["betas"], float(state["step"]) + 1
+    decoupled = group["decoupled_weight_decay"]
+    grad = grad + decay * param if decay and not decoupled else grad
+    m = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    v = torch.maximum(state["max_exp_avg_sq"], beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad)
+    root = (v / (1 - beta2**after)).sqrt()
+    delta = -lr / (1 - beta1**after) * m / (root + group["eps"])
+    return delta - lr * decay * param if decay and decoupled else delta
 
 
 def _sgd(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -145,6 +164,9 @@ def _rmsprop(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str
     grad = grad + group["weight_decay"] * param if group["weight_decay"] else grad
     alpha, momentum = group["alpha"], group["momentum"]
     square = (alpha * state["square_avg"] if state else 0) + (1 - alpha) * grad * grad
+    if group["centered"]:
+        mean = (alpha * state["grad_avg"] if state else 0) + (1 - alpha) * grad
+        square = square - mean * mean
     change = grad / (square.sqrt() + group["eps"])
     if momentum and "momentum_buffer" in state:
         change = momentum * state["momentum_buffer"] + change

@@ -54,16 +54,15 @@ def test_looks_ahead_and_steps_as_torch_does(name):
         grads, more = tensors(seed=2 * step + 1), tensors(seed=2 * step + 2)
         for p, q, grad in zip(params, wanted, strided(grads), strict=True):
             p.grad, q.grad = grad, grad.clone()
-        if name != "amsgrad":
-            rehearsal = copy.deepcopy(theirs)
-            for group, copied in zip(theirs.param_groups, rehearsal.param_groups, strict=True):
-                for q, c in zip(group["params"], copied["params"], strict=True):
-                    c.grad = q.grad
-            rehearsal.step()
-            ahead = [p for group in rehearsal.param_groups for p in group["params"]]
-            before = copy.deepcopy(params)
-            assert_close(look_ahead(optimizer), ahead, 1e-12)
-            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        rehearsal = copy.deepcopy(theirs)
+        for group, copied in zip(theirs.param_groups, rehearsal.param_groups, strict=True):
+            for q, c in zip(group["params"], copied["params"], strict=True):
+                c.grad = q.grad
+        rehearsal.step()
+        ahead = [p for group in rehearsal.param_groups for p in group["params"]]
+        before = copy.deepcopy(params)
+        assert_close(look_ahead(optimizer), ahead, 1e-12)
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
         take_step(optimizer, strided(more), SCALE)
         for q, grad in zip(wanted, more, strict=True):
             q.grad += SCALE * grad
@@ -102,8 +101,6 @@ def test_a_parameter_without_gradient_stays(name):
 
 
 def test_look_ahead_refuses_what_it_cannot_foresee():
-    with pytest.raises(ValueError, match="no candidate step for Adam with amsgrad=True"):
-        look_ahead(make("amsgrad")[1])
     with pytest.raises(TypeError, match="no candidate step for Adagrad"):
         look_ahead(torch.optim.Adagrad([torch.ones(3, requires_grad=True)]))
 

@@ -14,11 +14,16 @@ OPTIMIZERS = {
     "adam-fused": (torch.optim.Adam, {"fused": True, "weight_decay": 0.3}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.3}),
     "adamw-fused": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.3}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.3}),
+    "amsgrad-decoupled": (torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.3, "maximize": True}),
+    "adam-maximize": (torch.optim.Adam, {"maximize": True, "weight_decay": 0.3}),
     "sgd": (torch.optim.SGD, {}),
     "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
     "sgd-nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "sgd-fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "rmsprop": (torch.optim.RMSprop, {"weight_decay": 0.1}),
+    "sgd-maximize": (torch.optim.SGD, {"maximize": True, "weight_decay": 0.3}),
+    "rmsprop-centered": (torch.optim.RMSprop, {"centered": True, "weight_decay": 0.1, "momentum": 0.9}),
     "rmsprop-momentum": (torch.optim.RMSprop, {"momentum": 0.9}),
 }
 SETTINGS = {
@@ -55,10 +60,27 @@ def test_candidate_step_refuses_what_it_cannot_foresee():
     p = torch.ones(3, requires_grad=True)
     with pytest.raises(TypeError, match="no candidate step for Adagrad; use one of Adam, SGD, RMSprop"):
         fh.candidate_step(torch.optim.Adagrad([p]))
-    with pytest.raises(ValueError, match="Adam with amsgrad=True"):
-        fh.candidate_step(torch.optim.Adam([p], amsgrad=True))
-    with pytest.raises(ValueError, match="RMSprop with centered=True"):
-        fh.candidate_step(torch.optim.RMSprop([p], centered=True))
+    sparse = torch.nn.Embedding(3, 2, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="no candidate step for a sparse gradient"):
+        fh.candidate_step(torch.optim.SGD(sparse.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_differentiable_candidate_step_has_the_gradients_of_finite_differences(name):
+    optimizer_class, options = OPTIMIZERS[name]
+    torch.manual_seed(0)
+    p = torch.randn(5, dtype=torch.float64).requires_grad_()
+    optimizer = optimizer_class([p], lr=0.05, **options)
+    for _ in range(2):
+
+        def change(gradient):
+            p.grad = gradient
+            return fh.candidate_step(optimizer, differentiable=True)[0]
+
+        assert torch.autograd.gradcheck(change, torch.randn(5, dtype=torch.float64).requires_grad_())
+        p.grad = p.grad.detach()
+        optimizer.step()
 
 
 def state(dtype, size=(3, 7)):

@@ -74,9 +74,10 @@ def _one_by_one(hnet: Any, tasks: Sequence[int], weights: dict[str, Any], target
             now = hnet.forward(cond_id=task, weights=weights)
         if isinstance(target_of, dict):
             with _mode(list(_modules(hnet)), False), torch.no_grad():
-                yield task, now, [w.detach().clone() for w in hnet.forward(cond_id=task, weights=target_of)]
+                then: Weights = [w.clone() for w in hnet.forward(cond_id=task, weights=target_of)]
         else:
-            yield task, now, target_of(task)
+            then = target_of(task)
+        yield task, now, then
 
 
 def _goes_at_once(hnet: Any) -> bool:
@@ -101,10 +102,16 @@ def check(hnet: Any, num_tasks: int) -> None:
             f"hnet takes an unconditional input of size {hnet._uncond_in_size}, which the regularizer has none to give; "
             "regularize a subclass, or a wrapper, whose forward supplies it"
         )
-    if len(hnet.conditional_params or ()) != len(hnet.conditional_param_shapes):
-        raise ValueError("the hypernetwork must hold its conditional parameters inside (no_cond_weights=False)")
+    check_inside(hnet, "unconditional")
+    check_inside(hnet, "conditional")
     if num_tasks > hnet.num_known_conds:
         raise ValueError(f"{num_tasks} past tasks, but hnet knows {hnet.num_known_conds} conditions (num_cond_embs)")
+
+
+def check_inside(hnet: Any, kind: str) -> None:
+    """Raises where a hypernetwork does not hold all its ``kind`` of parameters."""
+    if len(getattr(hnet, f"{kind}_params") or ()) != len(getattr(hnet, f"{kind}_param_shapes")):
+        raise ValueError(f"the hypernetwork must hold its {kind} parameters inside (no_{kind.removesuffix('itional')}_weights=False)")
 
 
 def _is_known(hnet: Any) -> bool:

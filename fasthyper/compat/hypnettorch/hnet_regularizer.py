@@ -134,10 +134,8 @@ def _draw(task_id: int, batch_size: int | None) -> list[int]:
 
 
 def _uncond(hnet: Any) -> list[Tensor]:
-    params = hnet.unconditional_params
-    if not params or len(params) != len(hnet.unconditional_param_shapes):
-        raise ValueError("the hypernetwork must hold its unconditional parameters inside (no_uncond_weights=False)")
-    return params
+    general.check_inside(hnet, "unconditional")
+    return hnet.unconditional_params or []
 
 
 def _cond(hnet: Any) -> list[Tensor]:
