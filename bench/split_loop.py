@@ -1,6 +1,6 @@
-"""A continual-learning loop as people write it with hypnettorch, and nothing of fasthyper in it: tasks of two classes, one after
-the other, a head of the output layer each, look-ahead, and the regularizer over all past tasks (SplitMNIST's settings of the
-paper's code). The data are made up: two clouds of points a task.
+"""A continual-learning loop as people write it with hypnettorch, with nothing of fasthyper in it: tasks of two classes, one
+after the other, a head of the output layer each, look-ahead, and the regularizer over all past tasks, as SplitMNIST in the
+paper's code. The data are made up: two clouds of points a task.
 
 python bench/split_loop.py [--tasks N] [--steps N] [--out FILE] …
 python -m fasthyper.compat.hypnettorch bench/split_loop.py …                the same, accelerated
@@ -23,11 +23,12 @@ from hypnettorch.utils.optim_step import calc_delta_theta  # noqa: E402
 
 
 def clouds(task, num_examples, num_inputs, dtype):
-    """Examples of a task: its two classes lie around a point each."""
+    """Examples of a task: its two classes are clouds that overlap a little, in twenty dimensions of the input's many."""
     generator = torch.Generator().manual_seed(1000 + task)
-    centres = torch.rand(2, num_inputs, generator=generator)
+    centres, directions = torch.randn(2, 20, generator=generator), torch.randn(20, num_inputs, generator=generator)
     labels = torch.randint(2, (num_examples,), generator=generator)
-    return (centres[labels] + 0.5 * torch.randn(num_examples, num_inputs, generator=generator)).to(dtype), labels
+    latent = 0.5 * centres[labels] + torch.randn(num_examples, 20, generator=generator)
+    return (0.1 * latent @ directions).to(dtype), labels
 
 
 def main():

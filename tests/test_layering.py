@@ -37,7 +37,7 @@ ALLOWED = {
     "recipes": {"checkpoint", "errors", "hypernet", "nets", "streams", "trainer"},
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
-    "compat": {"activations", "layout", "lookahead", "ops", "planner", "reference", "trunk"},
+    "compat": {"activations", "errors", "layout", "lookahead", "ops", "planner", "reference", "trunk"},
     "cli": {"bench", "checkpoint", "environment", "errors", "recipes", "report", "streams"},
     "__main__": {"cli"},
 }

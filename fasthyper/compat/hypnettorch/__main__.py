@@ -20,7 +20,7 @@ PROG = "python -m fasthyper.compat.hypnettorch"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the script that ``argv`` begins with and returns the exit status; what the script raises to exit passes through."""
+    """Runs the script that ``argv`` begins with and returns the exit status; the script's own SystemExit passes through."""
     if not argv or argv[0].startswith("-"):
         print(f"{PROG}: give a script to run: {PROG} SCRIPT [ARGS]", file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        sys.excepthook(type(error), error, _of_script(error.__traceback__, script))
+        sys.excepthook(type(error), error.with_traceback(_of_script(error, script)), error.__traceback__)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         print(report(summary()), file=sys.stderr)
@@ -65,12 +65,12 @@ def report(counts: dict[tuple[str, str], Count]) -> str:
     return "\n".join([*lines, "  (seconds of a call include those of the calls within it)"])
 
 
-def _of_script(traceback: TracebackType | None, script: str) -> TracebackType | None:
-    """The part of a traceback that python itself would show: from the script on. All of it where that is not in there."""
-    found = traceback
+def _of_script(error: BaseException, script: str) -> TracebackType | None:
+    """The part of its traceback that python itself would show: from the script on."""
+    found = error.__traceback__
     while found is not None and found.tb_frame.f_code.co_filename != script:
         found = found.tb_next
-    return found or traceback
+    return found if found is not None or isinstance(error, SyntaxError) else error.__traceback__
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ def accelerate() -> ExitStack:
     """From now on code that calls hypnettorch runs fasthyper's functions; ``close()``, or the end of a ``with``, undoes it.
 
     Those of ``hypnettorch.utils.hnet_regularizer`` and ``hypnettorch.utils.optim_step``, also where a module has imported
-    them by name before, and the ``forward`` of ``HMLP`` and ``ChunkedHMLP``. While they are in place, calling it again changes
-    nothing.
+    them by name before, and the ``forward`` of ``HMLP`` and ``ChunkedHMLP``. Calling it again meanwhile changes nothing.
 
     Raises:
         FasthyperError: hypnettorch is not installed.

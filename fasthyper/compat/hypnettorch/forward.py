@@ -1,8 +1,9 @@
-"""The forward pass of hypnettorch's ``HMLP`` and ``ChunkedHMLP``, and its way back, without a copy of all weights per tensor.
+"""The forward pass of hypnettorch's ``HMLP`` and ``ChunkedHMLP``, and its way back without a copy of all weights per tensor.
 
-All weights come from one product, as there; they are handed out as views, and one backward lays the gradients of all views end
-to end, once, for its two products. Where autograd sees slices of the product, as in hypnettorch, it makes a tensor of zeros of
-the size of all weights for each of them, and adds them up.
+All weights come from one product, as there, and are handed out as views; one backward lays the gradients of all views end to
+end, once, for its two products. Autograd, which sees slices of that product in hypnettorch, makes a tensor of zeros of the
+size of all weights for each of them, and adds them up. The products are plain aten: ``ops.generate`` would want weight and
+bias of the output layer in one tensor, and copying them there and back costs more than it saves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Forward = Callable[..., Any]
 
 
 class _Views(torch.autograd.Function):
-    """``linear(h, weight, bias)`` ``[B * N, S]`` as the tensors of B target networks: those of one, then those of the next."""
+    """``linear(h, weight, bias)`` ``[B * N, S]`` as the tensors of B target networks, one network after another."""
 
     @staticmethod
     def forward(
@@ -112,7 +113,9 @@ def fast_chunked_hmlp(original: Forward) -> Forward:
             if found is None:
                 return original(self, **given)  # which says what is wrong
             rows, theta, batch = found
-            return _generate("ChunkedHMLP.backward", self._hnet, rows, theta, condition, batch, self.target_shapes, ret_format)
+            return _generate(
+                "ChunkedHMLP.backward", self._hnet, rows, theta, condition, batch, self.target_shapes, ret_format
+            )
 
     return forward
 
@@ -227,7 +230,7 @@ def _num_weights(shapes: Sequence[Sequence[int]]) -> int:
 
 def values(parameters: nn.ParameterList | list[Tensor]) -> list[Tensor]:
     """The list's members, without a look-up by name for each."""
-    found = list(parameters._parameters.values()) if isinstance(parameters, nn.ParameterList) else []
+    found: list[Any] = list(parameters._parameters.values()) if isinstance(parameters, nn.ParameterList) else []
     return found if len(found) == len(parameters) else list(parameters)
 
 

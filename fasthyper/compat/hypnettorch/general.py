@@ -111,7 +111,9 @@ def check(hnet: Any, num_tasks: int) -> None:
 def check_inside(hnet: Any, kind: str) -> None:
     """Raises where a hypernetwork does not hold all its ``kind`` of parameters."""
     if len(getattr(hnet, f"{kind}_params") or ()) != len(getattr(hnet, f"{kind}_param_shapes")):
-        raise ValueError(f"the hypernetwork must hold its {kind} parameters inside (no_{kind.removesuffix('itional')}_weights=False)")
+        raise ValueError(
+            f"the hypernetwork must hold its {kind} parameters inside (no_{kind.removesuffix('itional')}_weights=False)"
+        )
 
 
 def _is_known(hnet: Any) -> bool:
