@@ -1,8 +1,11 @@
 """``compat.hypnettorch.hnet_regularizer`` against hypnettorch 0.0.4: options, their combinations, hypernets of all sorts."""
 
 import copy
+import inspect
 import itertools
 import random
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -11,7 +14,7 @@ from conftest import TOL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasthyper.compat.hypnettorch import calls
+from fasthyper.compat.hypnettorch import calls, optim_step
 from fasthyper.compat.hypnettorch import hnet_regularizer as hreg
 from fasthyper.compat.hypnettorch.targets import Targets
 
@@ -22,6 +25,7 @@ import numpy as np  # noqa: E402
 from hypnettorch.hnets import HMLP, ChunkedHMLP, HContainer, HPerturbWrapper, StructuredHMLP  # noqa: E402
 from hypnettorch.mnets.mlp import MLP  # noqa: E402
 from hypnettorch.utils import hnet_regularizer as original  # noqa: E402
+from hypnettorch.utils import optim_step as original_step  # noqa: E402
 
 SHAPES = [[6, 5], [6], [6, 6], [6], [8, 6], [8]]
 CONDS, PAST = 5, 4
@@ -339,6 +343,7 @@ def test_a_snapshot_serves_other_heads_and_weights_in_turn():
     """What it keeps from one call to the next is for the same plan and weights only."""
     hnet = build("chunked")
     theirs, ours = original.get_current_targets(PAST, hnet), hreg.get_current_targets(PAST, hnet)
+    ours.held(mnet(), [range(2), torch.arange(3), np.array([4]), []])
     for heads, scaling, batch in itertools.product([*HEADS, "own", None], [False, True], [None, 2]):
         given, leaves = arguments(hnet, "snapshot", "constant", None, heads, False, batch, scaling)
         assert_same(outcome(hreg, hnet, ours, given, leaves), outcome(original, hnet, theirs, given, leaves))
@@ -394,6 +399,43 @@ def test_embeddings_of_past_tasks_are_enough():
     for name in ("prev_task_embs", "dTembs"):
         given[name] = given[name][:PAST]
     assert_same(outcome(hreg, hnet, None, given, []), want)
+
+
+def losses(regularizer, optim_step, online):
+    """Of a loop over four tasks with heads, look-ahead and subsets of past tasks, as scripts for hypnettorch have it."""
+    hnet, target, generator, found = build("chunked-elu"), mnet(), torch.Generator().manual_seed(0), []
+    np.random.seed(0)
+    for task in range(PAST):
+        x = torch.randn(32, 5, generator=generator, dtype=torch.float64)
+        y = torch.randint(2, (32,), generator=generator)
+        where = {"targets": regularizer.get_current_targets(task, hnet)} if task and not online else {}
+        if online:
+            where["prev_theta"] = [p.detach().clone() for p in hnet.unconditional_params]
+            where["prev_task_embs"] = [p.detach().clone() for p in hnet.conditional_params]
+        theta = torch.optim.Adam(hnet.unconditional_params, lr=1e-2, eps=1e-20)
+        embedding = torch.optim.Adam([hnet.conditional_params[task]], lr=1e-2)
+        for _ in range(15):
+            theta.zero_grad()
+            embedding.zero_grad()
+            logits = target.forward(x, weights=hnet.forward(cond_id=task))[:, 2 * task : 2 * task + 2]
+            loss = torch.nn.functional.cross_entropy(logits, y)
+            loss.backward()
+            found.append(loss.detach())
+            if task:
+                ahead = optim_step.calc_delta_theta(theta, False)
+                heads = {"mnet": target, "inds_of_out_heads": HEADS["own"][:task]}
+                reg = regularizer.calc_fix_target_reg(hnet, task, dTheta=ahead, batch_size=2, **heads, **where)
+                (0.5 * reg).backward()
+                found.append(reg.detach())
+            theta.step()
+            embedding.step()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_training_loop_gives_the_same_losses(online):
+    have, want = losses(hreg, optim_step, online), losses(original, original_step, online)
+    assert torch.allclose(have, want, rtol=1e-9, atol=1e-13)
 
 
 def test_out_heads_are_flattened_alike():
@@ -492,9 +534,13 @@ def test_what_is_wrong_is_said_in_a_line(what):
     assert "\n" not in str(raised.value)
 
 
-def test_signatures_are_the_originals():
-    import inspect
+def test_imports_need_torch_only():
+    code = "import sys; sys.modules.update(dict.fromkeys(('hypnettorch', 'numpy')))\n"
+    code += "from fasthyper.compat.hypnettorch import hnet_regularizer, optim_step"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
+
+def test_signatures_are_the_originals():
     for name in ("get_current_targets", "calc_fix_target_reg", "flatten_and_remove_out_heads"):
         have, want = (inspect.signature(getattr(module, name)).parameters for module in (hreg, original))
         assert [(p.name, p.default) for p in have.values()] == [(p.name, p.default) for p in want.values()]

@@ -14,6 +14,7 @@ Where hypnettorch 0.0.4 fails or errs, this does what was meant:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def get_current_targets(task_id: int, hnet: Any) -> Sequence[list[Tensor]]:
     Raises:
         ValueError: ``task_id`` is negative, or exceeds the number of conditions that ``hnet`` knows.
     """
-    task_id = int(task_id)
+    task_id = index(task_id)
     _check_tasks(hnet, task_id)
     network = read(hnet) if task_id else None
     with calls.record("get_current_targets", calls.FAST if network or not task_id else calls.GENERAL):
@@ -90,14 +91,12 @@ def calc_fix_target_reg(
     never made either. All else, and what requires gradients of targets, estimates or scaling, or scales by less than 0, goes
     through ``hnet.forward``. With dropout in training mode the same masks are drawn as there.
     """
-    task_id = int(task_id)
+    task_id = index(task_id)
     _check(hnet, task_id, targets, mnet, inds_of_out_heads, fisher_estimates, prev_theta, prev_task_embs, reg_scaling)
     uncond, cond = _uncond(hnet), _cond(hnet)
-    least = task_id if len(cond) == hnet.num_known_conds else len(cond)  # where each condition has one parameter, those of
-    uncond, cond = (
-        _plus("dTheta", hnet, uncond, dTheta, len(uncond)),
-        _plus("dTembs", hnet, cond, dTembs, least),
-    )  # past tasks
+    # where each condition has one parameter, its embedding, those of the past tasks will do
+    least = task_id if len(cond) == hnet.num_known_conds else len(cond)
+    uncond, cond = _plus("dTheta", hnet, uncond, dTheta, len(uncond)), _plus("dTembs", hnet, cond, dTembs, least)
     then = None if prev_theta is None or prev_task_embs is None else _then(hnet, prev_theta, prev_task_embs, least)
     terms = Terms(_draw(task_id, batch_size), mnet, inds_of_out_heads, fisher_estimates, reg_scaling)
     network = fast.network_for(hnet, terms, uncond, cond, targets, then)

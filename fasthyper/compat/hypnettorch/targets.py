@@ -26,7 +26,7 @@ class Targets(Sequence[list[Tensor]]):
     def __init__(self, network: Network, uncond: Sequence[Tensor], cond: Sequence[Tensor], num_tasks: int):
         self.network, self.num_tasks = network, num_tasks
         self.theta = [p.detach().clone() for p in network.theta(uncond)]
-        self.embeddings = network.embeddings(cond, range(num_tasks)).detach().clone() if num_tasks else torch.empty(0)
+        self.embeddings = network.embeddings(cond, range(num_tasks)).detach().clone()
         self._held: Held | None = None  # the last one asked for
         self._plan_for: Held | None = None
         self._plan: Tensor | None = None

@@ -37,11 +37,11 @@ class Held:
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]], mnet: Any, heads: Sequence[Sequence[int]]):
-        self.mnet, self.heads = mnet, [list(head) for head in heads]
+        self.mnet, self.heads = mnet, _as_ints(heads)
         known: dict[tuple[int, ...], tuple[list[Range], list[Range]]] = {}
         self.own: list[list[Range]] = []
         self.shared: list[Range] = []
-        for head in map(tuple, self.heads):
+        for head in self.heads:
             if head not in known:
                 known[head] = _ranges(shapes, mnet, list(head))
             self.shared, own = known[head]
@@ -49,7 +49,7 @@ class Held:
 
     def fits(self, mnet: Any, heads: Sequence[Sequence[int]]) -> bool:
         """Whether these ranges are those of the target and heads that are given."""
-        return self.mnet is mnet and self.heads == [list(head) for head in heads]
+        return self.mnet is mnet and self.heads == _as_ints(heads)
 
     def plan(self, network: Network, tasks: Sequence[int]) -> Tensor:
         """The plan of the drift over these past tasks, as the ops take it."""
@@ -106,6 +106,10 @@ def _ranges(shapes: Sequence[Sequence[int]], mnet: Any, head: list[int]) -> tupl
             own += [(lo, hi) for lo, hi in edges.tolist()]
         start = stop
     return _joined(shared), own
+
+
+def _as_ints(heads: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    return [tuple(map(int, head)) for head in heads]
 
 
 def _joined(ranges: list[Range]) -> list[Range]:
