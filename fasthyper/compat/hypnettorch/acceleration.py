@@ -27,12 +27,12 @@ def accelerate() -> ExitStack:
     undo = ExitStack()
     if _active:
         return undo
-    for name in MODULES:
-        theirs, ours = _import(f"hypnettorch.utils.{name}"), importlib.import_module(f"fasthyper.compat.hypnettorch.{name}")
-        for function, original in list(vars(theirs).items()):
-            if isinstance(original, FunctionType) and original.__module__ == theirs.__name__ and hasattr(ours, function):
+    hnets, *theirs = map(_import, ("hypnettorch.hnets", *(f"hypnettorch.utils.{name}" for name in MODULES)))
+    for name, module in zip(MODULES, theirs, strict=True):
+        ours = importlib.import_module(f"fasthyper.compat.hypnettorch.{name}")
+        for function, original in list(vars(module).items()):
+            if isinstance(original, FunctionType) and original.__module__ == module.__name__ and hasattr(ours, function):
                 _replace_everywhere(undo, original, getattr(ours, function))
-    hnets = _import("hypnettorch.hnets")
     interface = hnets.HyperNetInterface
     for name in ("unconditional_params", "conditional_params", "conditional_param_shapes_ref"):
         faster = property(getattr(forward, name), doc=getattr(interface, name).__doc__)

@@ -124,8 +124,7 @@ def _general() -> bool:
     """Whether what runs now is more than autograd's plain recording, which is all that ``_Views`` knows."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
+        or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
