@@ -54,6 +54,7 @@ bench: $(VENV)/.dev
 	pytest bench --benchmark-json=bench/results/cpu.json
 	python bench/precision.py
 	python bench/time_commands.py
+	python bench/hypnettorch_loop.py
 	python bench/report.py
 
 readme: $(VENV)/.dev

@@ -28,9 +28,8 @@ CEILING_TEXT = (
 
 
 def main() -> int:
-    measured, commands, precision, layouts = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "commands", "precision", "layouts")
-    )
+    names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
+    measured, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     entries = [entry["extra_info"] for entry in measured["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
     parts = {
@@ -39,6 +38,7 @@ def main() -> int:
             "figure": figure_link(),
             "times": times(commands),
             "table": table(rows, measured),
+            "loop": loop_text(loop),
         },
         DESIGN: {"precision": precision_table(precision), "layouts": layouts_table(layouts)},
     }
@@ -153,6 +153,20 @@ def with_peers(row: dict[str, Any]) -> dict[str, Any]:
     if "peers" in row:
         return row
     return {**row, "peers": {PEER: {**row["peer"], "ratio": row["ratio"], "ratio_quartiles": row["ratio_quartiles"]}}}
+
+
+def loop_text(loop: dict[str, Any]) -> str:
+    machine, whole, last = loop["environment"], loop["loop"], loop["by_task"][-1]
+    (low, high), tasks = whole["ratio_quartiles"], loop["tasks"]
+    lines = [
+        "",
+        f"A loop of {tasks} tasks (`bench/split_loop.py`) then takes {whole['ratio']:.1f} times less time ({low:.1f} to "
+        f"{high:.1f}), its last task {last['ratio']:.1f} times,",
+        f"with the same losses: {machine['machine']}, {machine['threads']} threads, hypnettorch {machine['hypnettorch']},",
+        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def precision_table(precision: dict[str, Any]) -> str:

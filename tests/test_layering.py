@@ -51,7 +51,7 @@ ALLOWED = {
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"compat", "environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
     "compat": {
-        *("activations", "hypernet", "interrupt", "layout", "lookahead", "nets", "ops", "planner", "reference"),
+        *("activations", "errors", "hypernet", "interrupt", "layout", "lookahead", "nets", "ops", "planner", "reference"),
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
     "cli": {"bench", "checkpoint", "environment", "errors", "export", "loggers", "recipes", "report", "streams"},
