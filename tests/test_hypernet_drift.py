@@ -23,6 +23,7 @@ SHAPES = {
     "three-layers": (2, 25, 6, 3, 2, (4, 7, 5)),
     "full": (4, 11, 11, 3, 0, (5, 2)),
     "full-linear": (4, 11, 15, 3, 0, ()),
+    "no-width": (3, 25, 6, 3, 2, (0, 0)),
     "tiles": (30, 50 * 90 - 3, 50, 3, 2, (5, 4)),
 }
 all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -174,6 +175,16 @@ def test_hypernet_drift_repeats_and_does_not_depend_on_the_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for one, two in zip(flat[1][0], flat[2][0], strict=True):
         assert oracle.relative_error(two, one) < 1e-13
+
+
+def test_hypernet_drift_of_layers_without_width_reads_nothing_that_an_earlier_call_left():
+    args = arguments(SHAPES["no-width"], ACTIVATIONS["relu"], torch.float32)
+    values = set()
+    for scale in (1, 1e3, 1e6):
+        ops.output_drift(scale * torch.rand(3, 5, 1), torch.rand(6, 2), torch.rand(3, 5, 1), torch.rand(6, 2), args["plan"])
+        values.add(ops.hypernet_drift(**args).item())
+    (value,) = values
+    assert value == pytest.approx(ops.hypernet_drift(**arguments(SHAPES["no-width"], ACTIVATIONS["relu"])).item(), rel=1e-5)
 
 
 def test_hypernet_drift_names_what_is_wrong():

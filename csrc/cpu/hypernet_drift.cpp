@@ -165,6 +165,7 @@ class HypernetDrift {
         const Matrix<scalar_t> x_in = tile_of(worker.x[l - 1], length, 2 * width_in + 1);
         if (!layer.a0) layer.by_step0.multiply_into(x_in.cols(width_in, width_in + 1), worker.drift.space, a0_out);
         if (fused<scalar_t>(activation_)) {  // in cache, block by block
+          for (int64_t r = 0; r < length; ++r) x[r * (2 * layer.width + 1) + 2 * layer.width] = 1;
           layer.by_step.multiply(x_in, worker.drift.space,
                                  [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
                                    fused_block(layer.width, i, j, m, n, block, stride, a0, x, slope);
@@ -181,8 +182,6 @@ class HypernetDrift {
                    int64_t da_stride, const scalar_t* a0, scalar_t* x, scalar_t* slope) const {
     const int64_t stride = 2 * width + 1, at = i * width + j;
     x += i * stride;
-    if (j == 0)
-      for (int64_t r = 0; r < num_rows; ++r) x[r * stride + 2 * width] = 1;
     fused_drift(activation_, {num_rows, num_cols, stride, da_stride, width}, a0 + at, da, x + width + j, x + j, slope + at);
   }
 
