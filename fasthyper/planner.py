@@ -15,7 +15,9 @@ PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi"
 
 # beside multiply-adds, in units of those that Gram matrices take (fitted; bench/bench_planner.py shows how well): a direct
 # one, in thin products; each element of rows and columns, read, packed, added up; each of a Gram matrix, summed in float64
-DIRECT_MAC, DIRECT_ELEMENT, GRAM_ELEMENT, GRAM_SUM = 2.5, 1000, 500, 13_000
+GRAM_ELEMENT, GRAM_SUM = 500, 13_000
+DIRECT_MAC, DIRECT_ELEMENT = 2.5, 1000
+FEW_ROWS, FEW_MAC, FEW_ELEMENT, FEW_WIDTH = 32, 5, 200, 16  # for so few nothing is packed; widths are filled up to lanes
 
 
 def gram_macs(rows: int, cols: int, width: int) -> int:
@@ -38,6 +40,8 @@ def gram_cost(rows: int, cols: int, width: int) -> float:
 
 def direct_cost(cells: int, rows: int, cols: int, width: int) -> float:
     """What the direct form takes, in the same units, over ``cells`` of these rows and columns."""
+    if rows <= FEW_ROWS:
+        return FEW_MAC * direct_macs(cells, max(width, FEW_WIDTH)) + FEW_ELEMENT * (rows + cols) * width
     return DIRECT_MAC * direct_macs(cells, width) + DIRECT_ELEMENT * (rows + cols) * width
 
 

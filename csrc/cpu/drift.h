@@ -17,6 +17,7 @@ namespace fasthyper {
 
 constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
 constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
+constexpr int64_t kFewGrain = 1 << 18;            // multiply-adds of few rows below which a second thread does not pay
 constexpr int64_t kGramGrain = 1 << 14;           // elements of a Gram matrix below which a second thread does not pay
 
 struct Rectangle {
@@ -89,6 +90,7 @@ class Drift {
       : basis_tensor_(basis),
         grad_basis_tensor_(grad_basis),
         num_chunks_(num_chunks),
+        num_rows_(num_tasks * num_chunks),
         width_(basis.size(1) - 1),
         full_(2 * width_ + 1),
         parts_(parts),
@@ -100,7 +102,12 @@ class Drift {
 
   // What one thread of the row pass needs; tile: the most rows at a time.
   struct Worker {
-    Worker(const Drift& drift, int64_t tile) : picked(tile), weight(tile), y_factor(drift.parts_), ha_factor(drift.parts_) {
+    Worker(const Drift& drift, int64_t tile)
+        : picked(tile),
+          weight(tile),
+          y_factor(drift.parts_),
+          ha_factor(drift.parts_),
+          is_alone(tile >= drift.num_rows_ && drift.segments_.empty()) {
       for (size_t b = 0; b < drift.rectangles_.size(); ++b)
         grams.emplace_back(drift.parts_, drift.width_, drift.width_ + 1, drift.gram0_ != nullptr);
     }
@@ -113,6 +120,7 @@ class Drift {
     RightFactor<scalar_t> y_factor, ha_factor;
     Tensor grad_basis;  // of the direct form; made when first needed
     double direct_value = 0;
+    bool is_alone;  // nobody else adds to the basis's gradient: that is grad_basis
   };
 
   // Rows [dH | H* | 1] that lie one after the other
@@ -174,7 +182,7 @@ class Drift {
   // Second pass over the columns, which sets the basis's gradient; returns the value.
   double finish(const std::vector<Worker*>& workers) {
     double value = 0;
-    zero_between_segments();
+    if (workers.empty() || !workers[0]->grad_basis.defined() || !workers[0]->is_alone) zero_between_segments();
     for_each(workers, [](Worker& worker) {
       for (GramSum<scalar_t>& gram : worker.grams) gram.finish(worker.space);
     });
@@ -210,7 +218,7 @@ class Drift {
     }
     for (const Worker* worker : workers) {
       value += worker->direct_value;
-      if (!worker->grad_basis.defined()) continue;
+      if (!worker->grad_basis.defined() || worker->is_alone) continue;
       add(grad_basis_tensor_.numel(), const_data<scalar_t>(worker->grad_basis), data<scalar_t>(grad_basis_tensor_));
     }
     return std::max(value, 0.0);
@@ -323,9 +331,12 @@ class Drift {
   void direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
                    scalar_t* grad) const {
     const int64_t with_bias = width_ + 1, count = x.num_rows;
+    const bool sets_all =
+        worker.is_alone && rectangles_.size() == 1 && r.num_cols() == basis_tensor_.size(0) && count <= kFewRows;
     if (!worker.grad_basis.defined()) {
-      worker.grad_basis = kept_empty(basis_tensor_, {basis_tensor_.size(0), with_bias});
-      std::fill_n(data<scalar_t>(worker.grad_basis), basis_tensor_.numel(), scalar_t(0));
+      worker.grad_basis =
+          worker.is_alone ? grad_basis_tensor_ : kept_empty(basis_tensor_, {basis_tensor_.size(0), with_bias});
+      if (!sets_all) zero(data<scalar_t>(worker.grad_basis), basis_tensor_.numel());
     }
     const Matrix<scalar_t> ha = dense(worker.ha.template get<scalar_t>(count * with_bias), count, with_bias);
     for (int64_t i = 0; i < count; ++i) {
@@ -333,7 +344,7 @@ class Drift {
       for (int64_t j = 0; j < width_; ++j) ha.data[i * with_bias + j] = row[j] + row[width_ + j];
       ha.data[i * with_bias + width_] = 1;
     }
-    if (count <= kFewRows) return few_direct_rows(worker, r, first, x, ha.data, slope, grad);
+    if (count <= kFewRows) return few_direct_rows(worker, r, first, x, ha.data, !sets_all, slope, grad);
     worker.ha_factor.pack(ha);
     for (int64_t lo = r.col_lo; lo < r.col_hi; lo += kDirectColumns) {
       const int64_t num_cols = std::min(kDirectColumns, r.col_hi - lo);
@@ -359,21 +370,45 @@ class Drift {
     }
   }
 
-  void few_direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* ha,
+  void few_direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* ha, bool adds,
                        const scalar_t* slope, scalar_t* grad) const {
-    const int64_t count = x.num_rows, padded = padded_to_lanes(full_), start = r.col_lo * (width_ + 1);
-    scalar_t* rows = worker.d.template get<scalar_t>(count * (padded + width_) + padded);
-    scalar_t *grad_h = rows + count * padded, *y = grad_h + count * width_;
-    std::fill(rows, y + padded, scalar_t(0));
+    const int64_t count = x.num_rows, full = padded_to_lanes(full_), with_bias = width_ + 1;
+    const int64_t ha_stride = padded_to_lanes(with_bias), grad_stride = padded_to_lanes(width_);
+    scalar_t *rows = worker.d.template get<scalar_t>(count * (full + ha_stride)), *has = rows + count * full;
+    std::fill_n(rows, count * (full + ha_stride), scalar_t(0));
     for (int64_t i = 0; i < count; ++i) {
-      std::copy_n(x.first + i * full_, full_, rows + i * padded);
+      std::copy_n(x.first + i * full_, full_, rows + i * full);
+      std::copy_n(ha + i * with_bias, with_bias, has + i * ha_stride);
       worker.weight[i] = task_weight(first + worker.picked[i]);
     }
-    worker.direct_value +=
-        direct_columns<scalar_t>({count, width_, rows, ha, worker.weight.data(), grad_h}, r.num_cols(), basis_ + start,
-                                 basis0_ + start, data<scalar_t>(worker.grad_basis) + start, y);
-    std::fill_n(worker.weight.data(), count, scalar_t(1));  // the gradient has it
-    add_picked(worker, 0, 0, count, width_, grad_h, width_, slope, grad);
+    struct Part {
+      Memory scratch;  // the rows' gradients, and columns
+      double value;
+    };
+    const int64_t size = count * grad_stride + kFewColumns * full, threads = torch::stable::get_num_threads();
+    const int64_t share = std::max((r.num_cols() + threads - 1) / threads, kFewGrain / (count * full_) + 1);
+    const auto make = [&] {
+      Part part;
+      std::fill_n(part.scratch.template get<scalar_t>(size), size, scalar_t(0));
+      return part;
+    };
+    const std::vector<Part> parts = for_tiles<Part>(r.num_cols(), share, make, [&](Part& part, int64_t lo, int64_t length) {
+      scalar_t* grad_h = part.scratch.template data<scalar_t>();
+      const int64_t start = (r.col_lo + lo) * with_bias;
+      part.value = direct_columns<scalar_t>({count, width_, rows, has, worker.weight.data(), grad_h}, length, basis_ + start,
+                                            basis0_ + start, data<scalar_t>(worker.grad_basis) + start,
+                                            grad_h + count * grad_stride, adds);
+    });
+    std::fill_n(worker.weight.data(), count, scalar_t(1));  // the gradients have it
+    for (const Part& part : parts) {
+      worker.direct_value += part.value;
+      add_picked(worker, 0, 0, count, width_, part.scratch.template data<scalar_t>(), grad_stride, slope, grad);
+    }
+  }
+
+  static void zero(scalar_t* to, int64_t size) {
+    torch::stable::parallel_for(0, size, int64_t(1) << 16,
+                                [&](int64_t begin, int64_t end) { std::fill(to + begin, to + end, scalar_t(0)); });
   }
 
   template <typename Item, typename Body>
@@ -430,7 +465,7 @@ class Drift {
   Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_tensor_, size); }
 
   const Tensor basis_tensor_, grad_basis_tensor_;
-  const int64_t num_chunks_, width_, full_, parts_;
+  const int64_t num_chunks_, num_rows_, width_, full_, parts_;
   const scalar_t *basis_, *basis0_, *weight_;
   const double* gram0_;
   const std::vector<Rectangle> rectangles_;
