@@ -21,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
 README, DESIGN = ROOT / "README.md", ROOT / "DESIGN.md"
 PEER, OTHERS = "hypnettorch", ("eager", "compile")
+GOALS = (  # of the project: times faster than the peer
+    *(("regularizer", "p10", 10, 60), ("regularizer", "p10", 100, 450), ("regularizer", "p100", 100, 30)),
+    *(("step", "p10", 10, 12), ("step", "p100", 10, 5), ("step", "p100", 100, 25)),
+    *(("step", "p100-aligned", 10, 6), ("step", "p100-aligned", 100, 27)),
+)
 CEILING_TEXT = (
     "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured\n"
     "in the same run; below 1 where tile units or caches do better than those."
@@ -40,7 +45,12 @@ def main() -> int:
             "table": table(rows, measured),
             "loop": loop_text(loop),
         },
-        DESIGN: {"precision": precision_table(precision), "layouts": layouts_table(layouts)},
+        DESIGN: {
+            "precision": precision_table(precision),
+            "layouts": layouts_table(layouts),
+            "goals": goals_table(entries, measured["machine_info"]["ceiling"]),
+            "planner": planner_table(entries),
+        },
     }
     for path, contents in parts.items():
         found = wanted = path.read_text()
@@ -195,6 +205,32 @@ def layouts_table(layouts: dict[str, Any]) -> str:
         for layout in ("flat", "aligned")
     ]
     lines.append(f"| mean | {' | '.join(f'{100 * mean:.2f} %' for mean in means)} |")
+    return "\n".join([*lines, ""])
+
+
+def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
+    (product,) = (entry["flops_per_second"] for entry in entries if entry["what"] == "product")
+    machine = Machine(max(product.values()), rates["copy"])
+    lines = ["", "| | asked | measured | ours, ms | asked, ms | counted work, ms |", f"|{'---|' * 6}"]
+    for what, workload, past, asked in GOALS:
+        (row,) = (row for row in entries if (row["what"], row.get("workload"), row.get("past")) == (what, workload, past))
+        peer, ours = row["peers"][PEER], row["ours"]["median"]
+        floor = machine.ceiling_seconds(Work(row["macs"], row["bytes"]))
+        times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (ours, peer["median"] / asked, floor))
+        lines.append(f"| {what} `{workload}` at {past} | {asked}× | {peer['ratio']:.1f}× | {times} |")
+    rate = f"{1e-9 * product['ours']:.0f} and {1e-9 * product['torch']:.0f} GFLOP/s"
+    return "\n".join([*lines, "", f"Best float32 products of the kernels and of torch in that run: {rate}.", ""])
+
+
+def planner_table(entries: list[dict[str, Any]]) -> str:
+    lines = ["", "| tasks, chunks, chunk size, width | Gram form, ms | direct form, ms | pick over best |", f"|{'---|' * 4}"]
+    for over, most in (("workloads", None), ("random", 5)):
+        (found,) = (entry["table"] for entry in entries if entry["what"] == "planner" and entry["over"] == over)
+        for row in sorted(found, key=lambda row: -row["auto_over_best"])[:most]:
+            shape = ", ".join(str(row[key]) for key in ("tasks", "chunks", "chunk_size", "width"))
+            name = f"`{row['workload']}`: {shape}" if "workload" in row else shape
+            times = " | ".join(f"{1e3 * row['seconds'][form]:.2f}" for form in ("gram", "direct"))
+            lines.append(f"| {name} | {times} | {row['auto_over_best']:.2f} |")
     return "\n".join([*lines, ""])
 
 
