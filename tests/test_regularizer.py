@@ -148,7 +148,11 @@ def float32_errors(hnet, theta0, embeddings, theta, precision="highest"):
 
 
 STEPS = (1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-STATES = {"wide": {"chunk_size": 300, "hidden": (20, 40)}, "narrow": {"chunk_size": 2000, "hidden": (10, 10)}}
+STATES = {
+    "wide": {"chunk_size": 300, "hidden": (20, 40)},
+    "narrow": {"chunk_size": 200, "hidden": (10, 10)},
+    "few rows": {"chunk_size": 2000, "hidden": (10, 10)},  # which take the direct form
+}
 
 
 def random_state(name, step):

@@ -382,26 +382,32 @@ class Drift {
       worker.weight[i] = task_weight(first + worker.picked[i]);
     }
     struct Part {
-      Memory scratch;  // the rows' gradients, and columns
-      double value;
+      Memory scratch, sum;  // the rows' gradients over some columns, and columns; over all, in float64
+      double value = 0;
     };
-    const int64_t size = count * grad_stride + kFewColumns * full, threads = torch::stable::get_num_threads();
+    const int64_t size = count * grad_stride, threads = torch::stable::get_num_threads();
     const int64_t share = std::max((r.num_cols() + threads - 1) / threads, kFewGrain / (count * full_) + 1);
     const auto make = [&] {
       Part part;
-      std::fill_n(part.scratch.template get<scalar_t>(size), size, scalar_t(0));
+      std::fill_n(part.scratch.template get<scalar_t>(size + kFewColumns * full), size + kFewColumns * full, scalar_t(0));
+      std::fill_n(part.sum.template get<double>(size), size, 0.0);
       return part;
     };
     const std::vector<Part> parts = for_tiles<Part>(r.num_cols(), share, make, [&](Part& part, int64_t lo, int64_t length) {
       scalar_t* grad_h = part.scratch.template data<scalar_t>();
-      const int64_t start = (r.col_lo + lo) * with_bias;
-      part.value = direct_columns<scalar_t>({count, width_, rows, has, worker.weight.data(), grad_h}, length, basis_ + start,
-                                            basis0_ + start, data<scalar_t>(worker.grad_basis) + start,
-                                            grad_h + count * grad_stride, adds);
+      for (int64_t done = 0; done < length; done += kDirectColumns) {
+        const int64_t start = (r.col_lo + lo + done) * with_bias, some = std::min(kDirectColumns, length - done);
+        part.value +=
+            direct_columns<scalar_t>({count, width_, rows, has, worker.weight.data(), grad_h}, some, basis_ + start,
+                                     basis0_ + start, data<scalar_t>(worker.grad_basis) + start, grad_h + size, adds);
+        accumulate(size, grad_h, part.sum.template data<double>());
+        std::fill_n(grad_h, size, scalar_t(0));
+      }
     });
     std::fill_n(worker.weight.data(), count, scalar_t(1));  // the gradients have it
     for (const Part& part : parts) {
       worker.direct_value += part.value;
+      std::copy_n(part.sum.template data<double>(), size, part.scratch.template data<scalar_t>());
       add_picked(worker, 0, 0, count, width_, part.scratch.template data<scalar_t>(), grad_stride, slope, grad);
     }
   }
