@@ -219,7 +219,14 @@ def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
         times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (ours, peer["median"] / asked, floor))
         lines.append(f"| {what} `{workload}` at {past} | {asked}× | {peer['ratio']:.1f}× | {times} |")
     rate = f"{1e-9 * product['ours']:.0f} and {1e-9 * product['torch']:.0f} GFLOP/s"
-    return "\n".join([*lines, "", f"Best float32 products of the kernels and of torch in that run: {rate}.", ""])
+    (memory,) = (entry["memory"] for entry in entries if "memory" in entry)
+    ours, theirs = (1e-6 * sum(memory[side].values()) for side in ("fasthyper", PEER))
+    lines += [
+        "",
+        f"Best float32 products of the kernels and of torch in that run: {rate}. Memory of a step of `p100` at 100, with what a",
+        f"snapshot, moments and kept scratch take: {ours:.0f} MB, {PEER}'s {theirs:.0f} MB, {theirs / ours:.1f} times as much (asked: 10).",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def planner_table(entries: list[dict[str, Any]]) -> str:
