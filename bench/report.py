@@ -223,8 +223,10 @@ def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
     ours, theirs = (1e-6 * sum(memory[side].values()) for side in ("fasthyper", PEER))
     lines += [
         "",
-        f"Best float32 products of the kernels and of torch in that run: {rate}. Memory of a step of `p100` at 100, with what a",
-        f"snapshot, moments and kept scratch take: {ours:.0f} MB, {PEER}'s {theirs:.0f} MB, {theirs / ours:.1f} times as much (asked: 10).",
+        f"Best float32 products of the kernels and of torch in that run: {rate}.",
+        "Memory of a step of `p100` at 100, with what a snapshot, moments and kept scratch take: "
+        f"{ours:.0f} MB, {PEER}'s {theirs:.0f} MB,",
+        f"{theirs / ours:.1f} times as much (asked: 10).",
     ]
     return "\n".join([*lines, ""])
 
