@@ -216,7 +216,7 @@ class Interrupts(SupervisedPlugin):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_goes_on_after_ctrl_c_in_the_middle_of_an_experience(tmp_path):
+def test_goes_on_after_ctrl_c_in_the_middle_of_an_experience(tmp_path, foreground):
     benchmark, whole = permuted(), strategy(trainer(), train_epochs=3)
     whole.train(benchmark.train_stream[:2])
     keys = Interrupts()

@@ -23,14 +23,6 @@ def same_state(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.hnet.parameters(), b.hnet.parameters(), strict=True))
 
 
-@pytest.fixture
-def foreground():
-    """Ctrl-C interrupts, as at a terminal; in a background job it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def interrupt_at(trainer, step):
     """Ctrl-C arrives while this step is under way."""
     original = trainer._step
