@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasthyper.activations import BY_CODE
 
-GRAM_TILE = 4096  # rows whose Gram is summed in the working precision before it is added up in float64
+GRAM_TILE = 4096  # rows that are multiplied in float64 at a time
 DIRECT_TILE = 1 << 20  # elements of the residual that the direct form holds at a time
 
 
@@ -225,10 +225,10 @@ def _direct(x_RM: Tensor, w_R1: Tensor, y_CM: Tensor, width: int) -> tuple[Tenso
 
 
 def _tall_product(a: Tensor, b: Tensor) -> Tensor:
-    """a'b in float64, summed over tiles of rows that are multiplied in the working precision."""
+    """a'b in float64, over tiles of rows."""
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
     for rows_a, rows_b in zip(a.split(GRAM_TILE), b.split(GRAM_TILE), strict=True):
-        total += rows_a.T @ rows_b
+        total += rows_a.double().T @ rows_b.double()
     return total
 
 
