@@ -15,6 +15,7 @@ import torch
 from fasthyper import ops, reference
 
 CHOICES = ("auto", "reference", "cpp", "triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, for tests
 _bound: dict[str, str] = {}
 
 
@@ -26,12 +27,10 @@ def backends() -> dict[str, str]:
 def _bind(choice: str) -> None:
     if choice not in CHOICES:
         raise ImportError(f"FASTHYPER_BACKEND={choice!r} is not known; set it to one of {', '.join(CHOICES)}")
-    if choice == "triton":
-        raise ImportError("FASTHYPER_BACKEND=triton: this version has no Triton kernels; use auto, cpp or reference")
     for op in ops.OPS:
         ops.LIBRARY.impl(f"_{op}", _plain(getattr(reference, op)), "CompositeExplicitAutograd")
     _bound["cpu"] = _bind_cpu(choice)
-    _bound["cuda"] = "reference (no CUDA kernels in this version)"
+    _bound["cuda"] = _bind_cuda(choice)
 
 
 def _plain(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +49,11 @@ def _plain(op: Callable[..., Any]) -> Callable[..., Any]:
 def _bind_cpu(choice: str) -> str:
     if choice == "reference":
         return "reference (FASTHYPER_BACKEND=reference)"
+    if choice == "triton":
+        if INTERPRETED:
+            _bind_triton("CPU")
+            return "triton (interpreted)"
+        return "reference (FASTHYPER_BACKEND=triton)"
     if importlib.util.find_spec("fasthyper._C") is None:
         if choice == "cpp":
             raise ImportError(
@@ -69,6 +73,28 @@ def _bind_cpu(choice: str) -> str:
         )
         return f"reference (the C++ extension does not load: {error})"
     return "cpp (bfloat16 tile units)" if ops._has_tile_units(torch.empty(0)) else "cpp"
+
+
+def _bind_cuda(choice: str) -> str:
+    if choice in ("reference", "cpp"):
+        return f"reference (FASTHYPER_BACKEND={choice})"
+    has_triton = importlib.util.find_spec("triton") is not None
+    if choice == "triton" and not (has_triton and (INTERPRETED or torch.cuda.is_available())):
+        lacking = "a CUDA device, or TRITON_INTERPRET=1" if has_triton else "Triton: pip install triton"
+        raise ImportError(f"FASTHYPER_BACKEND=triton needs {lacking}")
+    if not torch.cuda.is_available():
+        return "none (no CUDA device)"
+    if not has_triton:
+        return "reference (Triton is not installed)"
+    _bind_triton("CUDA")
+    return "triton"
+
+
+def _bind_triton(key: str) -> None:
+    """Triton's kernels where the C++ extension, if it was imported, has registered none."""
+    for op, run in importlib.import_module("fasthyper.kernels").IMPLEMENTATIONS.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasthyper::_{op}", key):
+            ops.LIBRARY.impl(f"_{op}", _plain(run), key)
 
 
 _bind(os.environ.get("FASTHYPER_BACKEND", "auto"))

@@ -40,7 +40,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
-    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}) -> ()"
+    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}, Tensor? healthy=None) -> ()"
 )
 LIBRARY.define("_has_tile_units(Tensor like) -> bool")
 
@@ -583,6 +583,7 @@ def adam_step_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = False,
+    healthy: Tensor | None = None,
 ) -> None:
     """Takes the step of Adam on ``grads + scale * more_grads`` in place, in one pass over all (DESIGN E4).
 
@@ -591,6 +592,7 @@ def adam_step_(
         grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
         steps: scalar tensors of float32 or float64, number of steps taken before; one more afterwards.
         lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+        healthy: bool ``[]`` on their device; where it is false nothing changes. It is read there, without a sync.
 
     Raises:
         ValueError: lengths or shapes disagree, or what is to be updated is not contiguous.
@@ -605,8 +607,12 @@ def adam_step_(
     for i, step in enumerate(steps):
         if step.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"adam_step_: steps[{i}] is updated in place and must be float32 or float64, got {step.dtype}")
+    if healthy is not None:
+        _check_shape("adam_step_", "healthy", healthy, ())
+        if healthy.dtype != torch.bool or (params and healthy.device != params[0].device):
+            raise TypeError(f"adam_step_: healthy must be bool and on the parameters' device, got {healthy.dtype}")
     settings = (lr, *betas, eps, weight_decay, decoupled)
-    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings)
+    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings, healthy)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 

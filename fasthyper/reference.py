@@ -351,17 +351,20 @@ def adam_step_(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    healthy: Tensor | None = None,
 ) -> None:
-    """The step of E4 on ``grads + scale * more_grads``, taken: parameters, moments and counts change in place."""
+    """The step of E4 on ``grads + scale * more_grads``, taken: parameters, moments and counts change in place.
+
+    Nothing changes where ``healthy``, one bool, is false.
+    """
     if more_grads:
         grads = [g + scale * more for g, more in zip(grads, more_grads, strict=True)]
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         l2 = grad if decoupled or not weight_decay else grad + weight_decay * param
         delta = adam_delta_fwd(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, decoupled)
-        param.add_(delta)
-        exp_avg.mul_(beta1).add_(l2, alpha=1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(l2, l2, value=1 - beta2)
-        step.add_(1)
+        after = param + delta, beta1 * exp_avg + (1 - beta1) * l2, beta2 * exp_avg_sq + (1 - beta2) * l2 * l2, step + 1
+        for old, new in zip((param, exp_avg, exp_avg_sq, step), after, strict=True):
+            old.copy_(new if healthy is None else torch.where(healthy, new, old))
 
 
 def adam_delta_bwd(

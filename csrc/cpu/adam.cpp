@@ -1,5 +1,6 @@
 // Adam and AdamW in one pass over each list of tensors (DESIGN E4): the step, parameters after it, and the step taken.
 #include <cmath>
+#include <optional>
 
 #include "tensor.h"
 
@@ -132,9 +133,10 @@ Tensor adam_delta_fwd_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_
 
 void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> more_grads, double scale,
                    std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool decoupled) {
+                   double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                   std::optional<Tensor> healthy) {
   NoGrad no_grad;
-  if (params.empty()) return;
+  if (params.empty() || (healthy && !*const_data<bool>(*healthy))) return;
   const bool more = !more_grads.empty();
   check_like(params, params, "params");
   check_like(params, grads, "grads");
