@@ -94,7 +94,18 @@ def _bind_triton(key: str) -> None:
     """Triton's kernels where the C++ extension, if it was imported, has registered none."""
     for op, run in importlib.import_module("fasthyper.kernels").IMPLEMENTATIONS.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasthyper::_{op}", key):
-            ops.LIBRARY.impl(f"_{op}", _plain(run), key)
+            ops.LIBRARY.impl(f"_{op}", _plain(_in_float32(run, getattr(reference, op))), key)
+
+
+def _in_float32(run: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, but ``otherwise`` in float64, which tensor cores' kernels do not have and nobody trains in."""
+
+    def pick(*args: Any) -> Any:
+        flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
+        first = next(t for t in flat if isinstance(t, torch.Tensor))
+        return (otherwise if first.dtype == torch.float64 else run)(*args)
+
+    return pick
 
 
 _bind(os.environ.get("FASTHYPER_BACKEND", "auto"))

@@ -9,4 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+from fasthyper.kernels.hypernet_drift import hypernet_drift_fwd
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"hypernet_drift_fwd": hypernet_drift_fwd}

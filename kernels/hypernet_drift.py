@@ -1,0 +1,317 @@
+"""The drift with the trunk before it (DESIGN E2 behind E5): rows go forward through the trunk, meet the columns, and go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fasthyper.kernels.activation import KEEPS_SLOPE, drift, slope_at
+from fasthyper.kernels.drift import Plan, basis_rows, direct_part, gram_form, padded, row_grams
+from fasthyper.kernels.products import ALONG, dot_along, down, parts
+
+NO_ACTIVATION = -1
+
+
+@triton.jit
+def _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, first, LAST: tl.constexpr, KEEPS: tl.constexpr):
+    """Of a tile, the drift in the first half of x, in the second the features at the snapshot (LAST) or now."""
+    live, mask = cols[None, :] < width, (rows[:, None] < num_rows) & (cols[None, :] < P)
+    at = x + rows[:, None].to(tl.int64) * L + cols[None, :]
+    tl.store(at, tl.where(live, dx, 0.0), mask=mask)
+    tl.store(at + P, tl.where(live, x0 if LAST else x0 + dx, 0.0), mask=mask)
+    if KEEPS:
+        tl.store(slopes + rows[:, None].to(tl.int64) * P + cols[None, :], slope, mask=mask)
+    if first:
+        end = tl.arange(0, 4)[None, :]
+        ones = tl.where((end == 0) & (rows[:, None] >= 0), 1.0, 0.0)
+        tl.store(x + rows[:, None].to(tl.int64) * L + 2 * P + end, ones, mask=rows[:, None] < num_rows)
+
+
+@triton.jit
+def _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width):
+    """``pre`` [T, N, width] at rows of x."""
+    at = ((rows % num_tasks) * num_chunks + rows // num_tasks).to(tl.int64)[:, None] * width + cols[None, :]
+    return tl.load(pre + at, mask=(rows[:, None] < num_rows) & (cols[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _first_layer(
+    of_tasks, of_chunks, pre, pre_tasks, pre_chunks, x, slopes, num_tasks, num_chunks, width, P, L,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """da = da_t + da_n; the snapshot's pre-activations as they are stored, or from their parts too."""
+    num_rows = num_tasks * num_chunks
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < width)
+    at_task, at_chunk = (rows % num_tasks)[:, None] * width + cols[None, :], (rows // num_tasks)[:, None] * width + cols[None, :]
+    da = tl.load(of_tasks + at_task, mask=mask, other=0.0) + tl.load(of_chunks + at_chunk, mask=mask, other=0.0)
+    if HAS_PRE:
+        a0 = _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width)
+    else:
+        a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
+    dx, x0, slope = drift(a0, da, ACT)
+    _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, tl.program_id(1) == 0, LAST, KEEPS)
+
+
+@triton.jit
+def _layer(
+    x_in, L_in, weights, weights0, pre, x, slopes, num_tasks, num_chunks, width, P, L,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
+    num_rows, tiles = num_tasks * num_chunks, tl.maximum(tl.cdiv(P, BN), 1)
+    rows = (tl.program_id(0) // tiles) * BM + tl.arange(0, BM)
+    cols = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    da = tl.zeros((BM, BN), tl.float32)
+    da = dot_along(da, x_in, L_in, rows, num_rows, weights, L_in, cols, width, L_in, BK, PRECISION)
+    if HAS_PRE:
+        a0 = _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width)
+    else:
+        a0 = tl.zeros((BM, BN), tl.float32)
+        a0 = dot_along(a0, x_in, L_in, rows, num_rows, weights0, L_in, cols, width, L_in, BK, PRECISION)
+    dx, x0, slope = drift(a0, da, ACT)
+    _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, tl.program_id(0) % tiles == 0, LAST, KEEPS)
+
+
+@triton.jit
+def _back(
+    a, lda, depth, b, ldb, weight, extra, x, slopes, out, row_lo, row_hi, num_tasks, num_chunks, width, P, L,
+    WEIGHTED: tl.constexpr, HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(w a b' + extra) slope, of rows [row_lo, row_hi) of the layer whose features are x."""
+    tiles = tl.maximum(tl.cdiv(P, BN), 1)
+    rows = row_lo + (tl.program_id(0) // tiles) * BM + tl.arange(0, BM)
+    cols = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    grad = tl.zeros((BM, BN), tl.float32)
+    grad = dot_along(grad, a, lda, rows, row_hi, b, ldb, cols, width, depth, BK, PRECISION)
+    mask = (rows[:, None] < row_hi) & (cols[None, :] < P)
+    if WEIGHTED:
+        grad *= tl.load(weight + rows % num_tasks)[:, None]
+    if HAS_EXTRA:
+        grad += _load_pre(extra, rows, cols, row_hi, num_tasks, num_chunks, width)
+    if KEEPS:
+        grad *= tl.load(slopes + rows[:, None].to(tl.int64) * P + cols[None, :], mask=mask, other=0.0)
+    elif ACT >= 0:
+        at = x + rows[:, None].to(tl.int64) * L + cols[None, :]
+        now = tl.load(at + P, mask=mask, other=0.0)
+        if LAST:
+            now += tl.load(at, mask=mask, other=0.0)
+        grad *= slope_at(now, ACT)
+    tl.store(out + rows[:, None].to(tl.int64) * P + cols[None, :], tl.where(cols[None, :] < width, grad, 0.0), mask=mask)
+
+
+@triton.jit
+def _pack(weight, weight0, bias, bias0, pair, single, turned, num_out, num_in, P_in, L_in, P_out, HAS_PRE: tl.constexpr,
+          BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """[W0 | dW | db 0 0 0], of which x takes da; [-W0 | W0 | b0 0 0 0], of which it takes a0; and W'."""
+    o = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    i = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    live = (o < num_out) & (i < num_in)
+    w = tl.load(weight + o * num_in + i, mask=live, other=0.0)
+    w0 = tl.load(weight0 + o * num_in + i, mask=live, other=0.0)
+    tl.store(turned + i * P_out + o, w, mask=(o < P_out) & (i < num_in))
+    mask = (o < num_out) & (i < P_in)
+    tl.store(pair + o * L_in + i, w0, mask=mask)
+    tl.store(pair + o * L_in + P_in + i, w - w0, mask=mask)
+    if not HAS_PRE:
+        tl.store(single + o * L_in + i, -w0, mask=mask)
+        tl.store(single + o * L_in + P_in + i, w0, mask=mask)
+    if tl.program_id(1) == 0:
+        end = tl.arange(0, 4)[None, :]
+        b = tl.load(bias + o, mask=o < num_out, other=0.0)
+        b0 = tl.load(bias0 + o, mask=o < num_out, other=0.0)
+        tl.store(pair + o * L_in + 2 * P_in + end, tl.where(end == 0, b - b0, 0.0), mask=o < num_out)
+        if not HAS_PRE:
+            tl.store(single + o * L_in + 2 * P_in + end, tl.where(end == 0, b0, 0.0), mask=o < num_out)
+
+
+def hypernet_drift_fwd(
+    theta: Sequence[Tensor],
+    theta0: Sequence[Tensor],
+    embeddings_TE: Tensor,
+    embeddings0_TE: Tensor,
+    pre0: Sequence[Tensor],
+    gram0_BKK: Tensor,
+    weight_T: Tensor,
+    plan: Tensor,
+    activation: int,
+    precision: int = 3,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """E2 behind E5. Of what all rows have, features and their gradients are stored; pre-activations are not."""
+    theta, theta0 = [p.contiguous() for p in theta], [p.contiguous() for p in theta0]
+    (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
+    num_tasks, num_chunks, width = len(embeddings_TE), len(z_NZ), basis_SK.shape[1] - 1
+    rectangles = Plan.of(plan, num_tasks, num_chunks, len(basis_SK))
+    if not rectangles.gram and not rectangles.direct:
+        return embeddings_TE.new_zeros(()), torch.zeros_like(embeddings_TE), [torch.zeros_like(p) for p in theta]
+    n = parts(precision)
+    y_SL = basis_rows(basis_SK, basis0_SK)
+    if not layers:
+        return without_trunk(z_NZ, z0_NZ, embeddings_TE, embeddings0_TE, y_SL, weight_T, rectangles, n)
+
+    trunk = Trunk(layers, layers0, pre0, num_tasks, num_chunks, activation, n)
+    trunk.forward(embeddings_TE, embeddings0_TE, z_NZ, z0_NZ)
+    rows = row_grams(trunk.x[-1], width, weight_T, rectangles, gram0_BKK, n)
+    value, met, grad_basis_SK = gram_form(y_SL, width, rectangles, rows, n)
+    extra = None
+    if rectangles.direct:
+        more, extra = direct_part(trunk.x[-1], y_SL, width, rectangles, weight_T, grad_basis_SK)
+        value = value + more
+    trunk.meet(met, weight_T, extra)
+    grad_e_TE, grads = trunk.backward(embeddings_TE, z_NZ)
+    return value.clamp(min=0).to(y_SL.dtype), grad_e_TE, [*grads, grad_basis_SK]
+
+
+class Trunk:
+    """Rows on their way through the trunk: ``x`` holds each layer's features, as ``drift.py`` lays them."""
+
+    def __init__(
+        self,
+        layers: Sequence[Tensor],
+        layers0: Sequence[Tensor],
+        pre0: Sequence[Tensor],
+        num_tasks: int,
+        num_chunks: int,
+        activation: int,
+        parts: int,
+    ):
+        self.weights, self.biases, self.weights0, self.biases0 = layers[::2], layers[1::2], layers0[::2], layers0[1::2]
+        self.pre0 = [a.contiguous() for a in pre0]
+        self.sizes, self.activation, self.parts = (num_tasks, num_chunks), activation, parts
+        self.num_rows, self.keeps = num_tasks * num_chunks, activation in KEEPS_SLOPE
+        self.widths = [len(weight) for weight in self.weights]
+        self.x = [self._new(2 * padded(width) + 4) for width in self.widths]
+        self.slopes = [self._new(padded(width)) if self.keeps else None for width in self.widths]
+        self.turned: list[Tensor] = []  # W' of each layer but the first
+
+    def _new(self, columns: int) -> Tensor:
+        return self.weights[0].new_empty(self.num_rows, columns)
+
+    def _of(self, i: int) -> tuple[object, ...]:
+        """What kernels are told of layer i's features."""
+        width = self.widths[i]
+        return *self.sizes, width, padded(width), 2 * padded(width) + 4
+
+    def forward(self, e_TE: Tensor, e0_TE: Tensor, z_NZ: Tensor, z0_NZ: Tensor) -> None:
+        last = len(self.weights) - 1
+        (we, wz), (we0, wz0) = (w[0].tensor_split([e_TE.shape[1]], 1) for w in (self.weights, self.weights0))
+        bias, bias0 = self.biases[0], self.biases0[0]
+        of_tasks = F.linear(torch.cat([e_TE - e0_TE, e0_TE], 1), torch.cat([we, we - we0], 1), bias - bias0)
+        of_chunks = F.linear(torch.cat([z_NZ - z0_NZ, z0_NZ], 1), torch.cat([wz, wz - wz0], 1))
+        if self.pre0:
+            pre = self.pre0[0], None, None
+        else:
+            pre = None, F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0)
+        settings = {"HAS_PRE": bool(self.pre0), "ACT": self.activation, "KEEPS": self.keeps}
+        grid = (triton.cdiv(self.num_rows, 16), max(1, triton.cdiv(padded(self.widths[0]), 128)))
+        _first_layer[grid](
+            of_tasks, of_chunks, *pre, self.x[0], self.slopes[0], *self._of(0), **settings, LAST=last == 0, BM=16, BN=128
+        )
+        for i in range(1, last + 1):
+            pair, single = self._pack(i)
+            bn = 128 if self.pre0 else 64
+            grid = (triton.cdiv(self.num_rows, 128) * max(1, triton.cdiv(padded(self.widths[i]), bn)),)
+            _layer[grid](
+                *(self.x[i - 1], self.x[i - 1].shape[1], pair, single, self.pre0[i] if self.pre0 else None, self.x[i]),
+                *(self.slopes[i], *self._of(i)),
+                **settings,
+                **{"LAST": i == last, "BM": 128, "BN": bn, "BK": 32, "PRECISION": ALONG[self.parts]},
+                **{"num_warps": 8, "num_stages": 3},
+            )
+
+    def _pack(self, i: int) -> tuple[Tensor, Tensor | None]:
+        weight, (num_out, num_in) = self.weights[i], self.weights[i].shape
+        p_in, p_out = padded(num_in), padded(num_out)
+        pair, turned = weight.new_empty(num_out, 2 * p_in + 4), weight.new_empty(num_in, p_out)
+        single = None if self.pre0 else torch.empty_like(pair)
+        self.turned.append(turned)
+        grid = (max(1, triton.cdiv(p_out, 32)), max(1, triton.cdiv(p_in, 32)))
+        weights = weight, self.weights0[i], self.biases[i], self.biases0[i]
+        sizes = num_out, num_in, p_in, 2 * p_in + 4, p_out
+        _pack[grid](*weights, pair, single, turned, *sizes, HAS_PRE=bool(self.pre0), BM=32, BN=32)
+        return pair, single
+
+    def meet(self, met: Sequence[tuple[tuple[int, int], Tensor]], weight_T: Tensor, extra_TNH: Tensor | None) -> None:
+        """The gradient before the last activation, from the columns that meet each range of chunks."""
+        x, width, (num_tasks, num_chunks) = self.x[-1], self.widths[-1], self.sizes
+        self.grad = self._new(padded(width))
+        at = 0
+        for (lo, hi), cols_LL in [*met, ((num_chunks, num_chunks), None)]:
+            if at < lo:
+                self._back(len(self.x) - 1, x, 0, x, weight_T, extra_TNH, (at * num_tasks, lo * num_tasks))
+            if lo < hi:
+                factor = (2 * cols_LL[:width]).float()
+                self._back(len(self.x) - 1, x, x.shape[1], factor, weight_T, extra_TNH, (lo * num_tasks, hi * num_tasks))
+            at = hi
+
+    def _back(
+        self, i: int, a: Tensor, depth: int, b: Tensor, weight: Tensor | None, extra: Tensor | None, rows: tuple[int, int]
+    ) -> None:
+        grid = (triton.cdiv(rows[1] - rows[0], 128) * max(1, triton.cdiv(padded(self.widths[i]), 128)),)
+        _back[grid](
+            *(a, a.stride(0), depth, b, b.stride(0), weight, extra, self.x[i], self.slopes[i], self.grad, *rows, *self._of(i)),
+            **{"WEIGHTED": weight is not None, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1},
+            **{"ACT": self.activation, "KEEPS": self.keeps, "BM": 128, "BN": 128, "BK": 32},
+            **{"PRECISION": ALONG[self.parts], "num_warps": 8, "num_stages": 3},
+        )
+
+    def backward(self, e_TE: Tensor, z_NZ: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the task embeddings; of the chunk embeddings and each layer's weight and bias."""
+        grads: list[Tensor] = []
+        for i in reversed(range(1, len(self.weights))):
+            num_out, num_in = self.weights[i].shape
+            made = down(self.grad, self.x[i - 1][:, padded(num_in) :], self.parts).sum(0)
+            grads = [made[:num_out, :num_in], made[:num_out, padded(num_in)], *grads]
+            after, self.grad = self.grad, self._new(padded(num_in))
+            self._back(i - 1, after, after.shape[1], self.turned[i - 1], None, None, (0, self.num_rows))
+        num_tasks, num_chunks = self.sizes
+        grad_NTh = self.grad.view(num_chunks, num_tasks, -1)[..., : self.widths[0]]
+        grad_t, grad_n = grad_NTh.sum(0), grad_NTh.sum(1)
+        we, wz = self.weights[0].tensor_split([e_TE.shape[1]], 1)
+        grad_w = torch.cat([grad_t.T @ e_TE, grad_n.T @ z_NZ], 1)
+        return grad_t @ we, [grad_n @ wz, grad_w, grad_t.sum(0), *grads]
+
+
+def without_trunk(
+    z_NZ: Tensor,
+    z0_NZ: Tensor,
+    e_TE: Tensor,
+    e0_TE: Tensor,
+    y_SL: Tensor,
+    weight_T: Tensor,
+    plan: Plan,
+    parts: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A row is the sum of a part of its task's and one of its chunk's, and no row is made; in float64."""
+    (num_tasks, e), (num_chunks, z) = e_TE.shape, z_NZ.shape
+    width, p, length, weight = e + z, padded(e + z), y_SL.shape[1], weight_T.double()[:, None]
+    task_TL, chunk_NL = (torch.zeros(n, length, dtype=torch.float64, device=y_SL.device) for n in (num_tasks, num_chunks))
+    task_TL[:, :e], task_TL[:, p : p + e] = e_TE.double() - e0_TE.double(), e0_TE
+    chunk_NL[:, e:width], chunk_NL[:, p + e : p + width] = z_NZ.double() - z0_NZ.double(), z0_NZ
+    chunk_NL[:, 2 * p] = 1
+    all_tasks_L, total = (weight * task_TL).sum(0), weight.sum()
+    rows = []
+    for _, (lo, hi), _ in plan.gram:
+        some = chunk_NL[lo:hi]
+        both = torch.outer(all_tasks_L, some.sum(0))
+        rows.append((hi - lo) * (weight * task_TL).T @ task_TL + both + both.T + total * some.T @ some)
+    value, met, grad_basis_SK = gram_form(y_SL, width, plan, rows, parts)
+    grad_e, grad_z = torch.zeros_like(task_TL[:, :e]), torch.zeros_like(chunk_NL[:, :z])
+    for (lo, hi), cols_LL in met:
+        some = chunk_NL[lo:hi]
+        grad_e += 2 * weight * (((hi - lo) * task_TL + some.sum(0)) @ cols_LL[:, :e])
+        grad_z[lo:hi] = 2 * (all_tasks_L + total * some) @ cols_LL[:, e:width]
+    if plan.direct:
+        x_RL = (chunk_NL[:, None] + task_TL).flatten(0, 1).to(y_SL.dtype)
+        more, grad_TNH = direct_part(x_RL, y_SL, width, plan, weight_T, grad_basis_SK)
+        value, grad_e, grad_z = value + more, grad_e + grad_TNH[..., :e].sum(1), grad_z + grad_TNH[..., e:].sum(0)
+    dtype = y_SL.dtype
+    return value.clamp(min=0).to(dtype), grad_e.to(dtype), [grad_z.to(dtype), grad_basis_SK]
