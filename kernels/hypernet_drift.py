@@ -12,31 +12,31 @@ from torch import Tensor
 
 from fasthyper.kernels.activation import KEEPS_SLOPE, drift, slope_at
 from fasthyper.kernels.drift import Plan, basis_rows, direct_part, gram_form, padded, row_grams
-from fasthyper.kernels.products import ALONG, dot_along, down, parts
-
-NO_ACTIVATION = -1
-
+from fasthyper.kernels.products import ALONG, dot_along, down, parts, tile
 
 @triton.jit
-def _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, first, LAST: tl.constexpr, KEEPS: tl.constexpr):
+def _store_features(
+    dx, x0, slope, x, slopes, num_rows, col0, width, P, L,
+    LAST: tl.constexpr, KEEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Of a tile, the drift in the first half of x, in the second the features at the snapshot (LAST) or now."""
-    live, mask = cols[None, :] < width, (rows[:, None] < num_rows) & (cols[None, :] < P)
-    at = x + rows[:, None].to(tl.int64) * L + cols[None, :]
-    tl.store(at, tl.where(live, dx, 0.0), mask=mask)
-    tl.store(at + P, tl.where(live, x0 if LAST else x0 + dx, 0.0), mask=mask)
+    row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
+    live, mask = col < width, (row < num_rows) & (col < P)
+    tl.store(x + row * L + col, tl.where(live, dx, 0.0), mask=mask)
+    tl.store(x + P + row * L + col, tl.where(live, x0 if LAST else x0 + dx, 0.0), mask=mask)
     if KEEPS:
-        tl.store(slopes + rows[:, None].to(tl.int64) * P + cols[None, :], slope, mask=mask)
-    if first:
+        tl.store(slopes + row * P + col, slope, mask=mask)
+    if col0 == 0:
         end = tl.arange(0, 4)[None, :]
-        ones = tl.where((end == 0) & (rows[:, None] >= 0), 1.0, 0.0)
-        tl.store(x + rows[:, None].to(tl.int64) * L + 2 * P + end, ones, mask=rows[:, None] < num_rows)
+        tl.store(x + 2 * P + row * L + end, tl.where((end == 0) & (row >= 0), 1.0, 0.0), mask=row < num_rows)
 
 
 @triton.jit
-def _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width):
-    """``pre`` [T, N, width] at rows of x."""
-    at = ((rows % num_tasks) * num_chunks + rows // num_tasks).to(tl.int64)[:, None] * width + cols[None, :]
-    return tl.load(pre + at, mask=(rows[:, None] < num_rows) & (cols[None, :] < width), other=0.0)
+def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of ``pre`` [T, N, width], whose rows are of x."""
+    row, col = tl.arange(0, BM), col0 + tl.arange(0, BN)[None, :]
+    at = ((row0 + row) % num_tasks) * num_chunks + (row0 + row) // num_tasks
+    return tl.load(pre + at.to(tl.int64)[:, None] * width + col, mask=(row[:, None] < num_rows) & (col < width), other=0.0)
 
 
 @triton.jit
@@ -45,18 +45,18 @@ def _first_layer(
     HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """da = da_t + da_n; the snapshot's pre-activations as they are stored, or from their parts too."""
-    num_rows = num_tasks * num_chunks
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask = (rows[:, None] < num_rows) & (cols[None, :] < width)
-    at_task, at_chunk = (rows % num_tasks)[:, None] * width + cols[None, :], (rows // num_tasks)[:, None] * width + cols[None, :]
+    row0, col0 = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1) * BN
+    rows, col = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)[None, :]
+    left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
+    mask = (tl.arange(0, BM)[:, None] < left) & (col < width)
+    at_task, at_chunk = (rows % num_tasks)[:, None] * width + col, (rows // num_tasks)[:, None] * width + col
     da = tl.load(of_tasks + at_task, mask=mask, other=0.0) + tl.load(of_chunks + at_chunk, mask=mask, other=0.0)
     if HAS_PRE:
-        a0 = _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width)
+        a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     else:
         a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, tl.program_id(1) == 0, LAST, KEEPS)
+    _store_features(dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN)
 
 
 @triton.jit
@@ -66,18 +66,18 @@ def _layer(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
-    num_rows, tiles = num_tasks * num_chunks, tl.maximum(tl.cdiv(P, BN), 1)
-    rows = (tl.program_id(0) // tiles) * BM + tl.arange(0, BM)
-    cols = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    row0, col0 = tile(P, BM, BN)
+    left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
+    x_in += row0 * L_in
     da = tl.zeros((BM, BN), tl.float32)
-    da = dot_along(da, x_in, L_in, rows, num_rows, weights, L_in, cols, width, L_in, BK, PRECISION)
+    da = dot_along(da, x_in, L_in, left, weights + col0 * L_in, L_in, width - col0, L_in, BM, BN, BK, PRECISION)
     if HAS_PRE:
-        a0 = _load_pre(pre, rows, cols, num_rows, num_tasks, num_chunks, width)
+        a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     else:
         a0 = tl.zeros((BM, BN), tl.float32)
-        a0 = dot_along(a0, x_in, L_in, rows, num_rows, weights0, L_in, cols, width, L_in, BK, PRECISION)
+        a0 = dot_along(a0, x_in, L_in, left, weights0 + col0 * L_in, L_in, width - col0, L_in, BM, BN, BK, PRECISION)
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(dx, x0, slope, x, slopes, rows, cols, num_rows, width, P, L, tl.program_id(0) % tiles == 0, LAST, KEEPS)
+    _store_features(dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN)
 
 
 @triton.jit
@@ -87,25 +87,25 @@ def _back(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(w a b' + extra) slope, of rows [row_lo, row_hi) of the layer whose features are x."""
-    tiles = tl.maximum(tl.cdiv(P, BN), 1)
-    rows = row_lo + (tl.program_id(0) // tiles) * BM + tl.arange(0, BM)
-    cols = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    row0, col0 = tile(P, BM, BN)
+    row0 += row_lo
+    left = (row_hi - row0).to(tl.int32)
     grad = tl.zeros((BM, BN), tl.float32)
-    grad = dot_along(grad, a, lda, rows, row_hi, b, ldb, cols, width, depth, BK, PRECISION)
-    mask = (rows[:, None] < row_hi) & (cols[None, :] < P)
+    grad = dot_along(grad, a + row0 * lda, lda, left, b + col0 * ldb, ldb, width - col0, depth, BM, BN, BK, PRECISION)
+    row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
+    mask = (row < left) & (col < P)
     if WEIGHTED:
-        grad *= tl.load(weight + rows % num_tasks)[:, None]
+        grad *= tl.load(weight + (row0 + tl.arange(0, BM)) % num_tasks)[:, None]
     if HAS_EXTRA:
-        grad += _load_pre(extra, rows, cols, row_hi, num_tasks, num_chunks, width)
+        grad += _load_pre(extra, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     if KEEPS:
-        grad *= tl.load(slopes + rows[:, None].to(tl.int64) * P + cols[None, :], mask=mask, other=0.0)
-    elif ACT >= 0:
-        at = x + rows[:, None].to(tl.int64) * L + cols[None, :]
-        now = tl.load(at + P, mask=mask, other=0.0)
+        grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0)
+    else:
+        now = tl.load(x + row0 * L + P + row * L + col, mask=mask, other=0.0)
         if LAST:
-            now += tl.load(at, mask=mask, other=0.0)
+            now += tl.load(x + row0 * L + row * L + col, mask=mask, other=0.0)
         grad *= slope_at(now, ACT)
-    tl.store(out + rows[:, None].to(tl.int64) * P + cols[None, :], tl.where(cols[None, :] < width, grad, 0.0), mask=mask)
+    tl.store(out + row0 * P + row * P + col, tl.where(col < width, grad, 0.0), mask=mask)
 
 
 @triton.jit
@@ -217,13 +217,12 @@ class Trunk:
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
-            bn = 128 if self.pre0 else 64
-            grid = (triton.cdiv(self.num_rows, 128) * max(1, triton.cdiv(padded(self.widths[i]), bn)),)
+            grid = (triton.cdiv(self.num_rows, 128) * max(1, triton.cdiv(padded(self.widths[i]), 64)),)
             _layer[grid](
                 *(self.x[i - 1], self.x[i - 1].shape[1], pair, single, self.pre0[i] if self.pre0 else None, self.x[i]),
                 *(self.slopes[i], *self._of(i)),
                 **settings,
-                **{"LAST": i == last, "BM": 128, "BN": bn, "BK": 32, "PRECISION": ALONG[self.parts]},
+                **{"LAST": i == last, "BM": 128, "BN": 64, "BK": 32, "PRECISION": ALONG[self.parts]},
                 **{"num_warps": 8, "num_stages": 3},
             )
 
@@ -255,11 +254,11 @@ class Trunk:
     def _back(
         self, i: int, a: Tensor, depth: int, b: Tensor, weight: Tensor | None, extra: Tensor | None, rows: tuple[int, int]
     ) -> None:
-        grid = (triton.cdiv(rows[1] - rows[0], 128) * max(1, triton.cdiv(padded(self.widths[i]), 128)),)
+        grid = (triton.cdiv(rows[1] - rows[0], 128) * max(1, triton.cdiv(padded(self.widths[i]), 64)),)
         _back[grid](
             *(a, a.stride(0), depth, b, b.stride(0), weight, extra, self.x[i], self.slopes[i], self.grad, *rows, *self._of(i)),
             **{"WEIGHTED": weight is not None, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1},
-            **{"ACT": self.activation, "KEEPS": self.keeps, "BM": 128, "BN": 128, "BK": 32},
+            **{"ACT": self.activation, "KEEPS": self.keeps, "BM": 128, "BN": 64, "BK": 32},
             **{"PRECISION": ALONG[self.parts], "num_warps": 8, "num_stages": 3},
         )
 

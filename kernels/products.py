@@ -28,31 +28,44 @@ def parts(precision: int) -> int:
 @triton.jit
 def dot(x, y, acc, P: tl.constexpr):
     if P == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
-    return tl.dot(x, y, acc, input_precision=P)
-
-
-@triton.jit
-def dot_along(acc, a, lda, rows, num_rows, b, ldb, cols, num_cols, depth, BK: tl.constexpr, P: tl.constexpr):
-    """acc + a[rows, :depth] b[cols, :depth]'."""
-    k = tl.arange(0, BK)
-    at = a + rows[:, None].to(tl.int64) * lda + k[None, :]
-    bt = b + cols[None, :] * ldb + k[:, None]
-    for lo in range(0, depth, BK):
-        x = tl.load(at + lo, mask=(rows[:, None] < num_rows) & (k[None, :] + lo < depth), other=0.0)
-        y = tl.load(bt + lo, mask=(cols[None, :] < num_cols) & (k[:, None] + lo < depth), other=0.0)
-        acc = dot(x, y, acc, P)
+        acc = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(x, y, acc, input_precision=P)
     return acc
 
 
 @triton.jit
-def _along(a, lda, b, ldb, out, ldo, num_rows, num_cols, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
-    rows = (tl.program_id(0) // tl.cdiv(num_cols, BN)) * BM + tl.arange(0, BM)
-    cols = (tl.program_id(0) % tl.cdiv(num_cols, BN)) * BN + tl.arange(0, BN)
+def dot_along(acc, a, lda, num_rows, b, ldb, num_cols, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    """acc + a[:BM, :depth] b[:BN, :depth]', of which there are ``num_rows`` and ``num_cols``."""
+    row, col, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
+    at, bt = row * lda + k[None, :], col * ldb + k[:, None]
+    for lo in range(0, depth, BK):
+        x = tl.load(a + at, mask=(row < num_rows) & (k[None, :] + lo < depth), other=0.0)
+        y = tl.load(b + bt, mask=(col < num_cols) & (k[:, None] + lo < depth), other=0.0)
+        acc = dot(x, y, acc, P)
+        a += BK
+        b += BK
+    return acc
+
+
+@triton.jit
+def tile(num_cols, BM: tl.constexpr, BN: tl.constexpr):
+    """First row (64 bits, for what is multiplied by it) and column of a program's tile, column tiles next to each other."""
+    tiles = tl.maximum(tl.cdiv(num_cols, BN), 1)
+    return (tl.program_id(0) // tiles).to(tl.int64) * BM, (tl.program_id(0) % tiles) * BN
+
+
+@triton.jit
+def _along(
+    a, lda, b, ldb, out, ldo, num_rows, num_cols, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    row0, col0 = tile(num_cols, BM, BN)
+    num_rows, num_cols = (num_rows - row0).to(tl.int32), num_cols - col0
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = dot_along(acc, a, lda, rows, num_rows, b, ldb, cols, num_cols, depth, BK, P)
-    at = out + rows[:, None].to(tl.int64) * ldo + cols[None, :]
-    tl.store(at, acc, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols))
+    acc = dot_along(acc, a + row0 * lda, lda, num_rows, b + col0 * ldb, ldb, num_cols, depth, BM, BN, BK, P)
+    row, col = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    tl.store(out + row0 * ldo + col0 + row * ldo + col, acc, mask=(row < num_rows) & (col < num_cols))
 
 
 @triton.jit
@@ -60,22 +73,26 @@ def _down(
     a, lda, b, ldb, weight, out, num_rows, num_a, num_b, per_slab, num_tasks,
     WEIGHTED: tl.constexpr, UPPER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    slab = tl.program_id(1)
-    i = (tl.program_id(0) // tl.cdiv(num_b, BN)) * BM + tl.arange(0, BM)
-    j = (tl.program_id(0) % tl.cdiv(num_b, BN)) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    if UPPER and (tl.program_id(0) % tl.cdiv(num_b, BN) + 1) * BN <= (tl.program_id(0) // tl.cdiv(num_b, BN)) * BM:
+    i0, j0 = tile(num_b, BM, BN)
+    if UPPER and j0 + BN <= i0:
         return
+    first = tl.program_id(1).to(tl.int64) * per_slab
+    i, j, k = (i0 + tl.arange(0, BM)).to(tl.int32)[:, None], j0 + tl.arange(0, BN)[None, :], tl.arange(0, BK)
+    at, bt = k[None, :] * lda + i, k[:, None] * ldb + j
+    a += first * lda
+    b += first * ldb
+    left = tl.minimum(num_rows - first, per_slab).to(tl.int32)
     acc = tl.zeros((BM, BN), tl.float32)
-    for lo in range(slab * per_slab, min(slab * per_slab + per_slab, num_rows), BK):
-        r = lo + k
-        x = tl.load(a + r[None, :].to(tl.int64) * lda + i[:, None], mask=(r[None, :] < num_rows) & (i[:, None] < num_a), other=0.0)
-        y = tl.load(b + r[:, None].to(tl.int64) * ldb + j[None, :], mask=(r[:, None] < num_rows) & (j[None, :] < num_b), other=0.0)
+    for lo in range(0, left, BK):
+        x = tl.load(a + at, mask=(k[None, :] + lo < left) & (i < num_a), other=0.0)
+        y = tl.load(b + bt, mask=(k[:, None] + lo < left) & (j < num_b), other=0.0)
         if WEIGHTED:
-            y *= tl.load(weight + r % num_tasks)[:, None]
+            y *= tl.load(weight + (first + lo + k) % num_tasks)[:, None]
         acc = dot(x, y, acc, P)
-    at = out + slab.to(tl.int64) * num_a * num_b + i[:, None] * num_b + j[None, :]
-    tl.store(at, acc, mask=(i[:, None] < num_a) & (j[None, :] < num_b))
+        a += BK * lda
+        b += BK * ldb
+    at = out + tl.program_id(1).to(tl.int64) * num_a * num_b + i * num_b + j
+    tl.store(at, acc, mask=(i < num_a) & (j < num_b))
 
 
 def along(a: Tensor, b: Tensor, out: Tensor, parts: int) -> None:
@@ -83,9 +100,9 @@ def along(a: Tensor, b: Tensor, out: Tensor, parts: int) -> None:
     (rows, depth), cols = a.shape, len(b)
     if not rows or not cols:
         return
-    grid = (triton.cdiv(rows, 128) * triton.cdiv(cols, 128),)
+    grid = (triton.cdiv(rows, 128) * triton.cdiv(cols, 64),)
     strides = a, a.stride(0), b, b.stride(0), out, out.stride(0)
-    _along[grid](*strides, rows, cols, depth, BM=128, BN=128, BK=32, P=ALONG[parts], num_warps=8, num_stages=3)
+    _along[grid](*strides, rows, cols, depth, BM=128, BN=64, BK=32, P=ALONG[parts], num_warps=8, num_stages=3)
 
 
 def down(a: Tensor, b: Tensor, parts: int, weight: Tensor | None = None, *, upper: bool = False) -> Tensor:
