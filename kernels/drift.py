@@ -1,8 +1,8 @@
 """The drift's Gram form behind given features (DESIGN E2): columns, rows, and what ties them.
 
-Features of R rows lie as X [R, L], L = 2 P + 4: [dH | H* | 1 0 0 0], each half filled up from H to P columns with zeros, so
-that rows begin at 16 bytes. Row r is chunk r // T of task r % T: chunks that follow each other are rows that do. Of a
-hidden layer the second half is the features now. The basis lies as Y [S, L]: [V_H | dV | bias of dV 0 0 0].
+Features of R rows lie as X [R, L], L = 2 P + 16: [dH | H* | 1 0 ...], each half filled up from H to P columns with zeros, both
+multiples of 16, which Triton wants to know before it loads 16 bytes at a time. Row r is chunk r // T of task r % T: chunks that follow each other are rows that do. Of a
+hidden layer the second half is the features now. The basis lies as Y [S, L]: [V_H | dV | bias of dV 0 ...].
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fasthyper.kernels.direct import direct_rectangles
 from fasthyper.kernels.products import along, down
 
 Range = tuple[int, int]
+END = 16  # columns after both halves: a one, and zeros
 
 
 class Plan(NamedTuple):
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
 
 def padded(width: int) -> int:
     """P of H."""
-    return -(-width // 4) * 4
+    return -(-width // 16) * 16
 
 
 @triton.jit
@@ -74,9 +75,9 @@ def _basis_rows(basis, basis0, out, num_rows, width, P, L, BM: tl.constexpr, BN:
 def basis_rows(basis_SK: Tensor, basis0_SK: Tensor) -> Tensor:
     """Y ``[S, L]``."""
     (rows, k), p = basis_SK.shape, padded(basis_SK.shape[1] - 1)
-    out = basis_SK.new_empty(rows, 2 * p + 4)
-    grid = (triton.cdiv(rows, 16), triton.cdiv(2 * p + 4, 128))
-    _basis_rows[grid](basis_SK.contiguous(), basis0_SK.contiguous(), out, rows, k - 1, p, 2 * p + 4, BM=16, BN=128)
+    out = basis_SK.new_empty(rows, 2 * p + END)
+    grid = (triton.cdiv(rows, 16), triton.cdiv(2 * p + END, 128))
+    _basis_rows[grid](basis_SK.contiguous(), basis0_SK.contiguous(), out, rows, k - 1, p, 2 * p + END, BM=16, BN=128)
     return out
 
 
@@ -161,9 +162,7 @@ def direct_part(
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient of the features ``[T, N, H]`` over direct rectangles; adds to the gradient of the basis."""
     p, num_tasks = padded(width), len(weight_T)
-    x_NTM, y_SM = (
-        torch.cat([m[:, :width], m[:, p : p + width], m[:, 2 * p : 2 * p + 1]], 1) for m in (x_RL, y_SL)
-    )
+    x_NTM, y_SM = (torch.cat([m[:, :width], m[:, p : p + width], m[:, 2 * p : 2 * p + 1]], 1) for m in (x_RL, y_SL))
     x_TNM = x_NTM.view(-1, num_tasks, 2 * width + 1).transpose(0, 1).contiguous()
     grad_h_TNH = x_TNM.new_zeros(*x_TNM.shape[:2], width)
     value = torch.zeros((), dtype=torch.float64, device=x_RL.device)

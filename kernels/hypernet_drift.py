@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fasthyper.kernels.activation import KEEPS_SLOPE, drift, slope_at
-from fasthyper.kernels.drift import Plan, basis_rows, direct_part, gram_form, padded, row_grams
-from fasthyper.kernels.products import ALONG, dot_along, down, parts, tile
+from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
+from fasthyper.kernels.products import ALONG, ALONG_TILE, dot_along, down, num_tiles, parts, tile
+
 
 @triton.jit
 def _store_features(
@@ -27,7 +28,7 @@ def _store_features(
     if KEEPS:
         tl.store(slopes + row * P + col, slope, mask=mask)
     if col0 == 0:
-        end = tl.arange(0, 4)[None, :]
+        end = tl.arange(0, 16)[None, :]
         tl.store(x + 2 * P + row * L + end, tl.where((end == 0) & (row >= 0), 1.0, 0.0), mask=row < num_rows)
 
 
@@ -56,7 +57,9 @@ def _first_layer(
     else:
         a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN)
+    _store_features(
+        dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN
+    )
 
 
 @triton.jit
@@ -77,7 +80,9 @@ def _layer(
         a0 = tl.zeros((BM, BN), tl.float32)
         a0 = dot_along(a0, x_in, L_in, left, weights0 + col0 * L_in, L_in, width - col0, L_in, BM, BN, BK, PRECISION)
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN)
+    _store_features(
+        dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN
+    )
 
 
 @triton.jit
@@ -111,7 +116,7 @@ def _back(
 @triton.jit
 def _pack(weight, weight0, bias, bias0, pair, single, turned, num_out, num_in, P_in, L_in, P_out, HAS_PRE: tl.constexpr,
           BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """[W0 | dW | db 0 0 0], of which x takes da; [-W0 | W0 | b0 0 0 0], of which it takes a0; and W'."""
+    """[W0 | dW | db 0 ...], of which x takes da; [-W0 | W0 | b0 0 ...], of which it takes a0; and W'."""
     o = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     i = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
     live = (o < num_out) & (i < num_in)
@@ -125,7 +130,7 @@ def _pack(weight, weight0, bias, bias0, pair, single, turned, num_out, num_in, P
         tl.store(single + o * L_in + i, -w0, mask=mask)
         tl.store(single + o * L_in + P_in + i, w0, mask=mask)
     if tl.program_id(1) == 0:
-        end = tl.arange(0, 4)[None, :]
+        end = tl.arange(0, 16)[None, :]
         b = tl.load(bias + o, mask=o < num_out, other=0.0)
         b0 = tl.load(bias0 + o, mask=o < num_out, other=0.0)
         tl.store(pair + o * L_in + 2 * P_in + end, tl.where(end == 0, b - b0, 0.0), mask=o < num_out)
@@ -188,7 +193,7 @@ class Trunk:
         self.sizes, self.activation, self.parts = (num_tasks, num_chunks), activation, parts
         self.num_rows, self.keeps = num_tasks * num_chunks, activation in KEEPS_SLOPE
         self.widths = [len(weight) for weight in self.weights]
-        self.x = [self._new(2 * padded(width) + 4) for width in self.widths]
+        self.x = [self._new(2 * padded(width) + END) for width in self.widths]
         self.slopes = [self._new(padded(width)) if self.keeps else None for width in self.widths]
         self.turned: list[Tensor] = []  # W' of each layer but the first
 
@@ -198,7 +203,7 @@ class Trunk:
     def _of(self, i: int) -> tuple[object, ...]:
         """What kernels are told of layer i's features."""
         width = self.widths[i]
-        return *self.sizes, width, padded(width), 2 * padded(width) + 4
+        return *self.sizes, width, padded(width), 2 * padded(width) + END
 
     def forward(self, e_TE: Tensor, e0_TE: Tensor, z_NZ: Tensor, z0_NZ: Tensor) -> None:
         last = len(self.weights) - 1
@@ -217,24 +222,23 @@ class Trunk:
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
-            grid = (triton.cdiv(self.num_rows, 128) * max(1, triton.cdiv(padded(self.widths[i]), 64)),)
-            _layer[grid](
+            _layer[(num_tiles(self.num_rows, padded(self.widths[i])),)](
                 *(self.x[i - 1], self.x[i - 1].shape[1], pair, single, self.pre0[i] if self.pre0 else None, self.x[i]),
                 *(self.slopes[i], *self._of(i)),
                 **settings,
-                **{"LAST": i == last, "BM": 128, "BN": 64, "BK": 32, "PRECISION": ALONG[self.parts]},
-                **{"num_warps": 8, "num_stages": 3},
+                **{"LAST": i == last, "PRECISION": ALONG[self.parts]},
+                **ALONG_TILE,
             )
 
     def _pack(self, i: int) -> tuple[Tensor, Tensor | None]:
         weight, (num_out, num_in) = self.weights[i], self.weights[i].shape
         p_in, p_out = padded(num_in), padded(num_out)
-        pair, turned = weight.new_empty(num_out, 2 * p_in + 4), weight.new_empty(num_in, p_out)
+        pair, turned = weight.new_empty(num_out, 2 * p_in + END), weight.new_empty(num_in, p_out)
         single = None if self.pre0 else torch.empty_like(pair)
         self.turned.append(turned)
         grid = (max(1, triton.cdiv(p_out, 32)), max(1, triton.cdiv(p_in, 32)))
         weights = weight, self.weights0[i], self.biases[i], self.biases0[i]
-        sizes = num_out, num_in, p_in, 2 * p_in + 4, p_out
+        sizes = num_out, num_in, p_in, 2 * p_in + END, p_out
         _pack[grid](*weights, pair, single, turned, *sizes, HAS_PRE=bool(self.pre0), BM=32, BN=32)
         return pair, single
 
@@ -254,12 +258,24 @@ class Trunk:
     def _back(
         self, i: int, a: Tensor, depth: int, b: Tensor, weight: Tensor | None, extra: Tensor | None, rows: tuple[int, int]
     ) -> None:
-        grid = (triton.cdiv(rows[1] - rows[0], 128) * max(1, triton.cdiv(padded(self.widths[i]), 64)),)
-        _back[grid](
-            *(a, a.stride(0), depth, b, b.stride(0), weight, extra, self.x[i], self.slopes[i], self.grad, *rows, *self._of(i)),
+        _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i])),)](
+            *(
+                a,
+                a.stride(0),
+                depth,
+                b,
+                b.stride(0),
+                weight,
+                extra,
+                self.x[i],
+                self.slopes[i],
+                self.grad,
+                *rows,
+                *self._of(i),
+            ),
             **{"WEIGHTED": weight is not None, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1},
-            **{"ACT": self.activation, "KEEPS": self.keeps, "BM": 128, "BN": 64, "BK": 32},
-            **{"PRECISION": ALONG[self.parts], "num_warps": 8, "num_stages": 3},
+            **{"ACT": self.activation, "KEEPS": self.keeps, "PRECISION": ALONG[self.parts]},
+            **ALONG_TILE,
         )
 
     def backward(self, e_TE: Tensor, z_NZ: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -16,7 +16,9 @@ ALONG = {3: "tf32x3", 2: "tf32", 1: "bf16"}
 DOWN = {3: "bf16x6", 2: "bf16x3", 1: "bf16"}
 if triton.knobs.runtime.interpret:
     ALONG = DOWN = dict.fromkeys(ALONG, "ieee")
-SLABS = 264  # programs that a product down columns should have: two for each multiprocessor of an H100
+ALONG_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+DOWN_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+PROGRAMS = 1056  # that a product down columns should have at most: eight for each multiprocessor of an H100
 
 
 def parts(precision: int) -> int:
@@ -35,7 +37,9 @@ def dot(x, y, acc, P: tl.constexpr):
 
 
 @triton.jit
-def dot_along(acc, a, lda, num_rows, b, ldb, num_cols, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+def dot_along(
+    acc, a, lda, num_rows, b, ldb, num_cols, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr
+):
     """acc + a[:BM, :depth] b[:BN, :depth]', of which there are ``num_rows`` and ``num_cols``."""
     row, col, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
     at, bt = row * lda + k[None, :], col * ldb + k[:, None]
@@ -100,9 +104,13 @@ def along(a: Tensor, b: Tensor, out: Tensor, parts: int) -> None:
     (rows, depth), cols = a.shape, len(b)
     if not rows or not cols:
         return
-    grid = (triton.cdiv(rows, 128) * triton.cdiv(cols, 64),)
     strides = a, a.stride(0), b, b.stride(0), out, out.stride(0)
-    _along[grid](*strides, rows, cols, depth, BM=128, BN=64, BK=32, P=ALONG[parts], num_warps=8, num_stages=3)
+    _along[(num_tiles(rows, cols),)](*strides, rows, cols, depth, **ALONG_TILE, P=ALONG[parts])
+
+
+def num_tiles(rows: int, cols: int) -> int:
+    """Programs of a product along rows, at least one for each tile of rows."""
+    return triton.cdiv(rows, ALONG_TILE["BM"]) * max(1, triton.cdiv(cols, ALONG_TILE["BN"]))
 
 
 def down(a: Tensor, b: Tensor, parts: int, weight: Tensor | None = None, *, upper: bool = False) -> Tensor:
@@ -110,17 +118,15 @@ def down(a: Tensor, b: Tensor, parts: int, weight: Tensor | None = None, *, uppe
 
     ``weight`` [T]: row r of ``b`` counts ``weight[r % T]`` times. ``upper``: what lies below the diagonal need not be made.
     """
-    (rows, num_a), num_b, (bm, bn, bk) = a.shape, b.shape[1], (128, 64, 32)
+    (rows, num_a), num_b, (bm, bn, bk, *_) = a.shape, b.shape[1], DOWN_TILE.values()
     tiles = triton.cdiv(num_a, bm) * triton.cdiv(num_b, bn)
-    slabs = max(1, min(triton.cdiv(rows, 4 * bk), triton.cdiv(SLABS, max(1, tiles))))
+    slabs = max(1, min(triton.cdiv(rows, 8 * bk), PROGRAMS // max(1, tiles)))
     per_slab = triton.cdiv(triton.cdiv(rows, slabs), bk) * bk
     slabs = max(1, triton.cdiv(rows, max(1, per_slab)))
     out = a.new_empty(slabs, num_a, num_b)
-    settings = {"WEIGHTED": weight is not None, "UPPER": upper, "BM": bm, "BN": bn, "BK": bk, "P": DOWN[parts]}
     _down[(tiles, slabs)](
         *(a, a.stride(0), b, b.stride(0), weight, out, rows, num_a, num_b, per_slab, 1 if weight is None else len(weight)),
-        **settings,
-        num_warps=4,
-        num_stages=3,
+        **{"WEIGHTED": weight is not None, "UPPER": upper, "P": DOWN[parts]},
+        **DOWN_TILE,
     )
     return out
