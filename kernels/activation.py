@@ -1,4 +1,4 @@
-"""What follows each trunk layer, by the codes of ``activations.py``: its value, its drift without loss of digits, its slope."""
+"""What follows each trunk layer, by the codes of ``activations.py``: value, drift without loss of digits, and slope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The drift with the trunk before it (DESIGN E2 behind E5): rows go forward through the trunk, meet the columns, and go back."""
+"""The drift with the trunk before it (DESIGN E2 behind E5): rows go forward through the trunk, meet columns, and go back.
+
+Each layer is one product with what follows it done before a tile leaves its program.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,48 @@ from torch import Tensor
 
 from fasthyper.kernels.activation import KEEPS_SLOPE, drift, slope_at
 from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
-from fasthyper.kernels.products import ALONG, ALONG_TILE, dot_along, down, num_tiles, parts, tile
+from fasthyper.kernels.products import (
+    ALONG_TILE,
+    collapse,
+    dot_along,
+    down,
+    factor,
+    load_parts,
+    num_parts,
+    num_tiles,
+    split,
+    store_parts,
+    tile,
+)
 
 
 @triton.jit
 def _store_features(
-    dx, x0, slope, x, slopes, num_rows, col0, width, P, L,
-    LAST: tl.constexpr, KEEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dx, x0, slope, root, x, part, L, slopes, num_rows, col0, width, P,
+    LAST: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, the drift in the first half of x, in the second the features at the snapshot (LAST) or now."""
     row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
     live, mask = col < width, (row < num_rows) & (col < P)
-    tl.store(x + row * L + col, tl.where(live, dx, 0.0), mask=mask)
-    tl.store(x + P + row * L + col, tl.where(live, x0 if LAST else x0 + dx, 0.0), mask=mask)
+    other = x0 if LAST else x0 + dx
+    store_parts(x + row * L + col, part, tl.where(live, dx * root[:, None], 0.0), mask, PARTS)
+    store_parts(x + P + row * L + col, part, tl.where(live, other * root[:, None], 0.0), mask, PARTS)
     if KEEPS:
         tl.store(slopes + row * P + col, slope, mask=mask)
     if col0 == 0:
         end = tl.arange(0, 16)[None, :]
-        tl.store(x + 2 * P + row * L + end, tl.where((end == 0) & (row >= 0), 1.0, 0.0), mask=row < num_rows)
+        store_parts(x + 2 * P + row * L + end, part, tl.where(end == 0, root[:, None], 0.0), row < num_rows, PARTS)
+
+
+@triton.jit
+def _roots(roots, row0, num_rows, num_tasks, LAST: tl.constexpr, BM: tl.constexpr):
+    """The factor of each row: 1 but in the last layer."""
+    row = tl.arange(0, BM)
+    if LAST:
+        root = tl.load(roots + (row0 + row) % num_tasks, mask=row < num_rows, other=0.0)
+    else:
+        root = tl.full((BM,), 1.0, tl.float32)
+    return root
 
 
 @triton.jit
@@ -42,8 +69,9 @@ def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.co
 
 @triton.jit
 def _first_layer(
-    of_tasks, of_chunks, pre, pre_tasks, pre_chunks, x, slopes, num_tasks, num_chunks, width, P, L,
-    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    of_tasks, of_chunks, pre, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """da = da_t + da_n; the snapshot's pre-activations as they are stored, or from their parts too."""
     row0, col0 = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1) * BN
@@ -57,85 +85,105 @@ def _first_layer(
     else:
         a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(
-        dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN
-    )
+    root = _roots(roots, row0, left, num_tasks, LAST, BM)
+    x += row0 * L
+    if KEEPS:
+        slopes += row0 * P
+    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, KEEPS, PARTS, BM, BN)
 
 
 @triton.jit
 def _layer(
-    x_in, L_in, weights, weights0, pre, x, slopes, num_tasks, num_chunks, width, P, L,
-    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    x_in, part_in, L_in, weights, weights_part, weights_L, weights0, weights0_part, weights0_L, pre, roots,
+    x, part, L, slopes, num_tasks, num_chunks, width, P,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
     row0, col0 = tile(P, BM, BN)
     left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
     x_in += row0 * L_in
+    weights += col0 * weights_L
     da = tl.zeros((BM, BN), tl.float32)
-    da = dot_along(da, x_in, L_in, left, weights + col0 * L_in, L_in, width - col0, L_in, BM, BN, BK, PRECISION)
+    da = dot_along(da, x_in, part_in, L_in, left, weights, weights_part, weights_L, width - col0, L_in, BM, BN, BK, PARTS)
     if HAS_PRE:
         a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     else:
+        weights0 += col0 * weights0_L
         a0 = tl.zeros((BM, BN), tl.float32)
-        a0 = dot_along(a0, x_in, L_in, left, weights0 + col0 * L_in, L_in, width - col0, L_in, BM, BN, BK, PRECISION)
+        a0 = dot_along(
+            a0, x_in, part_in, L_in, left, weights0, weights0_part, weights0_L, width - col0, L_in, BM, BN, BK, PARTS
+        )
     dx, x0, slope = drift(a0, da, ACT)
-    _store_features(
-        dx, x0, slope, x + row0 * L, slopes + row0 * P if KEEPS else slopes, left, col0, width, P, L, LAST, KEEPS, BM, BN
-    )
+    root = _roots(roots, row0, left, num_tasks, LAST, BM)
+    x += row0 * L
+    if KEEPS:
+        slopes += row0 * P
+    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, KEEPS, PARTS, BM, BN)
 
 
 @triton.jit
 def _back(
-    a, lda, depth, b, ldb, weight, extra, x, slopes, out, row_lo, row_hi, num_tasks, num_chunks, width, P, L,
-    WEIGHTED: tl.constexpr, HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    a, a_part, lda, b, b_part, ldb, depth, extra, roots, x, part, L, slopes, out, out_part, row_lo, row_hi,
+    num_tasks, num_chunks, width, P,
+    HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """(w a b' + extra) slope, of rows [row_lo, row_hi) of the layer whose features are x."""
+    """(a b' + extra) root slope, of rows [row_lo, row_hi) of the layer whose features are x; whole (FIRST) or in parts."""
     row0, col0 = tile(P, BM, BN)
     row0 += row_lo
     left = (row_hi - row0).to(tl.int32)
+    a += row0 * lda
+    b += col0 * ldb
     grad = tl.zeros((BM, BN), tl.float32)
-    grad = dot_along(grad, a + row0 * lda, lda, left, b + col0 * ldb, ldb, width - col0, depth, BM, BN, BK, PRECISION)
+    grad = dot_along(grad, a, a_part, lda, left, b, b_part, ldb, width - col0, depth, BM, BN, BK, PARTS)
     row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
     mask = (row < left) & (col < P)
-    if WEIGHTED:
-        grad *= tl.load(weight + (row0 + tl.arange(0, BM)) % num_tasks)[:, None]
+    root = _roots(roots, row0, left, num_tasks, LAST, BM)[:, None]
     if HAS_EXTRA:
         grad += _load_pre(extra, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     if KEEPS:
-        grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0)
+        grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0) * root
     else:
-        now = tl.load(x + row0 * L + P + row * L + col, mask=mask, other=0.0)
+        x += row0 * L
+        now = load_parts(x + P + row * L + col, part, mask, PARTS)
         if LAST:
-            now += tl.load(x + row0 * L + row * L + col, mask=mask, other=0.0)
-        grad *= slope_at(now, ACT)
-    tl.store(out + row0 * P + row * P + col, tl.where(col < width, grad, 0.0), mask=mask)
+            now += load_parts(x + row * L + col, part, mask, PARTS)
+            now = now / tl.where(root > 0, root, 1.0)
+        grad *= slope_at(now, ACT) * root
+    grad = tl.where(col < width, grad, 0.0)
+    if FIRST:
+        tl.store(out + row0 * P + row * P + col, grad, mask=mask)
+    else:
+        store_parts(out + row0 * P + row * P + col, out_part, grad, mask, PARTS)
 
 
 @triton.jit
-def _pack(weight, weight0, bias, bias0, pair, single, turned, num_out, num_in, P_in, L_in, P_out, HAS_PRE: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _pack(
+    weight, weight0, bias, bias0, pair, pair_part, L_in, single, single_part, single_L, turned, turned_part, P_out,
+    num_out, num_in, P_in,
+    HAS_PRE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """[W0 | dW | db 0 ...], of which x takes da; [-W0 | W0 | b0 0 ...], of which it takes a0; and W'."""
     o = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     i = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
     live = (o < num_out) & (i < num_in)
     w = tl.load(weight + o * num_in + i, mask=live, other=0.0)
     w0 = tl.load(weight0 + o * num_in + i, mask=live, other=0.0)
-    tl.store(turned + i * P_out + o, w, mask=(o < P_out) & (i < num_in))
+    store_parts(turned + i * P_out + o, turned_part, w, (o < P_out) & (i < num_in), PARTS)
     mask = (o < num_out) & (i < P_in)
-    tl.store(pair + o * L_in + i, w0, mask=mask)
-    tl.store(pair + o * L_in + P_in + i, w - w0, mask=mask)
+    store_parts(pair + o * L_in + i, pair_part, w0, mask, PARTS)
+    store_parts(pair + o * L_in + P_in + i, pair_part, w - w0, mask, PARTS)
     if not HAS_PRE:
-        tl.store(single + o * L_in + i, -w0, mask=mask)
-        tl.store(single + o * L_in + P_in + i, w0, mask=mask)
+        store_parts(single + o * L_in + i, single_part, -w0, mask, PARTS)
+        store_parts(single + o * L_in + P_in + i, single_part, w0, mask, PARTS)
     if tl.program_id(1) == 0:
         end = tl.arange(0, 16)[None, :]
         b = tl.load(bias + o, mask=o < num_out, other=0.0)
         b0 = tl.load(bias0 + o, mask=o < num_out, other=0.0)
-        tl.store(pair + o * L_in + 2 * P_in + end, tl.where(end == 0, b - b0, 0.0), mask=o < num_out)
+        store_parts(pair + o * L_in + 2 * P_in + end, pair_part, tl.where(end == 0, b - b0, 0.0), o < num_out, PARTS)
         if not HAS_PRE:
-            tl.store(single + o * L_in + 2 * P_in + end, tl.where(end == 0, b0, 0.0), mask=o < num_out)
+            store_parts(single + o * L_in + 2 * P_in + end, single_part, tl.where(end == 0, b0, 0.0), o < num_out, PARTS)
 
 
 def hypernet_drift_fwd(
@@ -150,29 +198,29 @@ def hypernet_drift_fwd(
     activation: int,
     precision: int = 3,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """E2 behind E5. Of what all rows have, features and their gradients are stored; pre-activations are not."""
+    """E2 behind E5. Of all rows, features are kept from forward to backward; pre-activations are not."""
     theta, theta0 = [p.contiguous() for p in theta], [p.contiguous() for p in theta0]
     (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
     num_tasks, num_chunks, width = len(embeddings_TE), len(z_NZ), basis_SK.shape[1] - 1
     rectangles = Plan.of(plan, num_tasks, num_chunks, len(basis_SK))
     if not rectangles.gram and not rectangles.direct:
         return embeddings_TE.new_zeros(()), torch.zeros_like(embeddings_TE), [torch.zeros_like(p) for p in theta]
-    n = parts(precision)
-    y_SL = basis_rows(basis_SK, basis0_SK)
+    parts = num_parts(precision)
+    y = basis_rows(basis_SK, basis0_SK, parts)
     if not layers:
-        return without_trunk(z_NZ, z0_NZ, embeddings_TE, embeddings0_TE, y_SL, weight_T, rectangles, n)
+        return without_trunk(z_NZ, z0_NZ, embeddings_TE, embeddings0_TE, y, weight_T, rectangles)
 
-    trunk = Trunk(layers, layers0, pre0, num_tasks, num_chunks, activation, n)
+    trunk = Trunk(layers, layers0, pre0, weight_T, num_chunks, activation, parts)
     trunk.forward(embeddings_TE, embeddings0_TE, z_NZ, z0_NZ)
-    rows = row_grams(trunk.x[-1], width, weight_T, rectangles, gram0_BKK, n)
-    value, met, grad_basis_SK = gram_form(y_SL, width, rectangles, rows, n)
+    rows = row_grams(trunk.x[-1], width, num_tasks, rectangles, gram0_BKK)
+    value, met, grad_basis_SK = gram_form(y, width, rectangles, rows)
     extra = None
     if rectangles.direct:
-        more, extra = direct_part(trunk.x[-1], y_SL, width, rectangles, weight_T, grad_basis_SK)
+        more, extra = direct_part(trunk.x[-1], y, width, num_tasks, rectangles, grad_basis_SK)
         value = value + more
-    trunk.meet(met, weight_T, extra)
+    trunk.meet(met, extra)
     grad_e_TE, grads = trunk.backward(embeddings_TE, z_NZ)
-    return value.clamp(min=0).to(y_SL.dtype), grad_e_TE, [*grads, grad_basis_SK]
+    return value.clamp(min=0).to(basis_SK.dtype), grad_e_TE, [*grads, grad_basis_SK]
 
 
 class Trunk:
@@ -183,98 +231,89 @@ class Trunk:
         layers: Sequence[Tensor],
         layers0: Sequence[Tensor],
         pre0: Sequence[Tensor],
-        num_tasks: int,
+        weight_T: Tensor,
         num_chunks: int,
         activation: int,
         parts: int,
     ):
         self.weights, self.biases, self.weights0, self.biases0 = layers[::2], layers[1::2], layers0[::2], layers0[1::2]
-        self.pre0 = [a.contiguous() for a in pre0]
-        self.sizes, self.activation, self.parts = (num_tasks, num_chunks), activation, parts
-        self.num_rows, self.keeps = num_tasks * num_chunks, activation in KEEPS_SLOPE
+        self.pre0, self.roots = [a.contiguous() for a in pre0], weight_T.sqrt()
+        self.sizes, self.parts = (len(weight_T), num_chunks), parts
+        self.num_rows, keeps = len(weight_T) * num_chunks, activation in KEEPS_SLOPE
+        self.settings = {"ACT": activation, "KEEPS": keeps, "PARTS": parts}
         self.widths = [len(weight) for weight in self.weights]
-        self.x = [self._new(2 * padded(width) + END) for width in self.widths]
-        self.slopes = [self._new(padded(width)) if self.keeps else None for width in self.widths]
+        self.x = [self._factor(self.num_rows, 2 * padded(width) + END) for width in self.widths]
+        self.slopes = [self.roots.new_empty(self.num_rows, padded(width)) if keeps else None for width in self.widths]
         self.turned: list[Tensor] = []  # W' of each layer but the first
 
-    def _new(self, columns: int) -> Tensor:
-        return self.weights[0].new_empty(self.num_rows, columns)
+    def _factor(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(self.parts, rows, columns, dtype=torch.bfloat16, device=self.roots.device)
 
     def _of(self, i: int) -> tuple[object, ...]:
-        """What kernels are told of layer i's features."""
-        width = self.widths[i]
-        return *self.sizes, width, padded(width), 2 * padded(width) + END
+        """What kernels are told of layer i."""
+        return *self.sizes, self.widths[i], padded(self.widths[i])
 
     def forward(self, e_TE: Tensor, e0_TE: Tensor, z_NZ: Tensor, z0_NZ: Tensor) -> None:
-        last = len(self.weights) - 1
+        """Fills ``x``."""
+        last, has_pre = len(self.weights) - 1, bool(self.pre0)
         (we, wz), (we0, wz0) = (w[0].tensor_split([e_TE.shape[1]], 1) for w in (self.weights, self.weights0))
         bias, bias0 = self.biases[0], self.biases0[0]
         of_tasks = F.linear(torch.cat([e_TE - e0_TE, e0_TE], 1), torch.cat([we, we - we0], 1), bias - bias0)
         of_chunks = F.linear(torch.cat([z_NZ - z0_NZ, z0_NZ], 1), torch.cat([wz, wz - wz0], 1))
-        if self.pre0:
-            pre = self.pre0[0], None, None
-        else:
-            pre = None, F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0)
-        settings = {"HAS_PRE": bool(self.pre0), "ACT": self.activation, "KEEPS": self.keeps}
+        pre = (self.pre0[0], None, None) if has_pre else (None, F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0))
         grid = (triton.cdiv(self.num_rows, 16), max(1, triton.cdiv(padded(self.widths[0]), 128)))
         _first_layer[grid](
-            of_tasks, of_chunks, *pre, self.x[0], self.slopes[0], *self._of(0), **settings, LAST=last == 0, BM=16, BN=128
+            *(of_tasks, of_chunks, *pre, self.roots, *factor(self.x[0]), self.slopes[0], *self._of(0)),
+            **self.settings,
+            **{"HAS_PRE": has_pre, "LAST": last == 0, "BM": 16, "BN": 128},
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
             _layer[(num_tiles(self.num_rows, padded(self.widths[i])),)](
-                *(self.x[i - 1], self.x[i - 1].shape[1], pair, single, self.pre0[i] if self.pre0 else None, self.x[i]),
-                *(self.slopes[i], *self._of(i)),
-                **settings,
-                **{"LAST": i == last, "PRECISION": ALONG[self.parts]},
+                *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i] if has_pre else None, self.roots),
+                *(*factor(self.x[i]), self.slopes[i], *self._of(i)),
+                **self.settings,
+                **{"HAS_PRE": has_pre, "LAST": i == last},
                 **ALONG_TILE,
             )
 
-    def _pack(self, i: int) -> tuple[Tensor, Tensor | None]:
-        weight, (num_out, num_in) = self.weights[i], self.weights[i].shape
-        p_in, p_out = padded(num_in), padded(num_out)
-        pair, turned = weight.new_empty(num_out, 2 * p_in + END), weight.new_empty(num_in, p_out)
-        single = None if self.pre0 else torch.empty_like(pair)
+    def _pack(self, i: int) -> tuple[Tensor, Tensor]:
+        num_out, num_in = self.weights[i].shape
+        p_in, p_out, has_pre = padded(num_in), padded(num_out), bool(self.pre0)
+        pair, turned = self._factor(num_out, 2 * p_in + END), self._factor(num_in, p_out)
+        single = pair if has_pre else torch.empty_like(pair)
         self.turned.append(turned)
         grid = (max(1, triton.cdiv(p_out, 32)), max(1, triton.cdiv(p_in, 32)))
-        weights = weight, self.weights0[i], self.biases[i], self.biases0[i]
-        sizes = num_out, num_in, p_in, 2 * p_in + END, p_out
-        _pack[grid](*weights, pair, single, turned, *sizes, HAS_PRE=bool(self.pre0), BM=32, BN=32)
+        _pack[grid](
+            *(self.weights[i], self.weights0[i], self.biases[i], self.biases0[i]),
+            *(*factor(pair), *factor(single), *factor(turned), num_out, num_in, p_in),
+            **{"HAS_PRE": has_pre, "PARTS": self.parts, "BM": 32, "BN": 32},
+        )
         return pair, single
 
-    def meet(self, met: Sequence[tuple[tuple[int, int], Tensor]], weight_T: Tensor, extra_TNH: Tensor | None) -> None:
+    def meet(self, met: Sequence[tuple[tuple[int, int], Tensor]], extra_TNH: Tensor | None) -> None:
         """The gradient before the last activation, from the columns that meet each range of chunks."""
-        x, width, (num_tasks, num_chunks) = self.x[-1], self.widths[-1], self.sizes
-        self.grad = self._new(padded(width))
-        at = 0
+        last, (num_tasks, num_chunks), at = len(self.x) - 1, self.sizes, 0
+        self.grad = self._grad(last)
         for (lo, hi), cols_LL in [*met, ((num_chunks, num_chunks), None)]:
             if at < lo:
-                self._back(len(self.x) - 1, x, 0, x, weight_T, extra_TNH, (at * num_tasks, lo * num_tasks))
-            if lo < hi:
-                factor = (2 * cols_LL[:width]).float()
-                self._back(len(self.x) - 1, x, x.shape[1], factor, weight_T, extra_TNH, (lo * num_tasks, hi * num_tasks))
+                self._back(last, self.x[-1], self.x[-1], 0, extra_TNH, (at * num_tasks, lo * num_tasks))
+            if cols_LL is not None:
+                b = split(2 * cols_LL[: self.widths[-1]], self.parts)
+                self._back(last, self.x[-1], b, b.shape[2], extra_TNH, (lo * num_tasks, hi * num_tasks))
             at = hi
 
-    def _back(
-        self, i: int, a: Tensor, depth: int, b: Tensor, weight: Tensor | None, extra: Tensor | None, rows: tuple[int, int]
-    ) -> None:
+    def _grad(self, i: int) -> Tensor:
+        """Of the first layer's pre-activations, which no product takes, whole."""
+        columns = padded(self.widths[i])
+        return self._factor(self.num_rows, columns) if i else self.roots.new_empty(1, self.num_rows, columns)
+
+    def _back(self, i: int, a: Tensor, b: Tensor, depth: int, extra: Tensor | None, rows: tuple[int, int]) -> None:
         _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i])),)](
-            *(
-                a,
-                a.stride(0),
-                depth,
-                b,
-                b.stride(0),
-                weight,
-                extra,
-                self.x[i],
-                self.slopes[i],
-                self.grad,
-                *rows,
-                *self._of(i),
-            ),
-            **{"WEIGHTED": weight is not None, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1},
-            **{"ACT": self.activation, "KEEPS": self.keeps, "PRECISION": ALONG[self.parts]},
+            *(*factor(a), *factor(b), depth, extra, self.roots, *factor(self.x[i]), self.slopes[i]),
+            *(self.grad, self.grad.stride(0), *rows, *self._of(i)),
+            **self.settings,
+            **{"HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1, "FIRST": i == 0},
             **ALONG_TILE,
         )
 
@@ -283,10 +322,10 @@ class Trunk:
         grads: list[Tensor] = []
         for i in reversed(range(1, len(self.weights))):
             num_out, num_in = self.weights[i].shape
-            made = down(self.grad, self.x[i - 1][:, padded(num_in) :], self.parts).sum(0)
-            grads = [made[:num_out, :num_in], made[:num_out, padded(num_in)], *grads]
-            after, self.grad = self.grad, self._new(padded(num_in))
-            self._back(i - 1, after, after.shape[1], self.turned[i - 1], None, None, (0, self.num_rows))
+            made = collapse(down(self.grad, self.x[i - 1][..., padded(num_in) :]))
+            grads = [made[:num_out, :num_in].contiguous(), made[:num_out, padded(num_in)].contiguous(), *grads]
+            after, self.grad = self.grad, self._grad(i - 1)
+            self._back(i - 1, after, self.turned[i - 1], after.shape[2], None, (0, self.num_rows))
         num_tasks, num_chunks = self.sizes
         grad_NTh = self.grad.view(num_chunks, num_tasks, -1)[..., : self.widths[0]]
         grad_t, grad_n = grad_NTh.sum(0), grad_NTh.sum(1)
@@ -300,15 +339,14 @@ def without_trunk(
     z0_NZ: Tensor,
     e_TE: Tensor,
     e0_TE: Tensor,
-    y_SL: Tensor,
+    y: Tensor,
     weight_T: Tensor,
     plan: Plan,
-    parts: int,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A row is the sum of a part of its task's and one of its chunk's, and no row is made; in float64."""
     (num_tasks, e), (num_chunks, z) = e_TE.shape, z_NZ.shape
-    width, p, length, weight = e + z, padded(e + z), y_SL.shape[1], weight_T.double()[:, None]
-    task_TL, chunk_NL = (torch.zeros(n, length, dtype=torch.float64, device=y_SL.device) for n in (num_tasks, num_chunks))
+    width, p, length, weight = e + z, padded(e + z), y.shape[2], weight_T.double()[:, None]
+    task_TL, chunk_NL = (torch.zeros(n, length, dtype=torch.float64, device=y.device) for n in (num_tasks, num_chunks))
     task_TL[:, :e], task_TL[:, p : p + e] = e_TE.double() - e0_TE.double(), e0_TE
     chunk_NL[:, e:width], chunk_NL[:, p + e : p + width] = z_NZ.double() - z0_NZ.double(), z0_NZ
     chunk_NL[:, 2 * p] = 1
@@ -318,15 +356,16 @@ def without_trunk(
         some = chunk_NL[lo:hi]
         both = torch.outer(all_tasks_L, some.sum(0))
         rows.append((hi - lo) * (weight * task_TL).T @ task_TL + both + both.T + total * some.T @ some)
-    value, met, grad_basis_SK = gram_form(y_SL, width, plan, rows, parts)
+    value, met, grad_basis_SK = gram_form(y, width, plan, rows)
     grad_e, grad_z = torch.zeros_like(task_TL[:, :e]), torch.zeros_like(chunk_NL[:, :z])
     for (lo, hi), cols_LL in met:
         some = chunk_NL[lo:hi]
         grad_e += 2 * weight * (((hi - lo) * task_TL + some.sum(0)) @ cols_LL[:, :e])
         grad_z[lo:hi] = 2 * (all_tasks_L + total * some) @ cols_LL[:, e:width]
     if plan.direct:
-        x_RL = (chunk_NL[:, None] + task_TL).flatten(0, 1).to(y_SL.dtype)
-        more, grad_TNH = direct_part(x_RL, y_SL, width, plan, weight_T, grad_basis_SK)
+        x_RL = (weight.sqrt() * (chunk_NL[:, None] + task_TL)).flatten(0, 1)
+        more, grad_TNH = direct_part(x_RL[None], y, width, num_tasks, plan, grad_basis_SK)
+        grad_TNH = weight.sqrt()[:, None] * grad_TNH
         value, grad_e, grad_z = value + more, grad_e + grad_TNH[..., :e].sum(1), grad_z + grad_TNH[..., e:].sum(0)
-    dtype = y_SL.dtype
+    dtype = e_TE.dtype
     return value.clamp(min=0).to(dtype), grad_e.to(dtype), [grad_z.to(dtype), grad_basis_SK]
