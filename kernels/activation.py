@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 RELU, ELU, TANH, SIGMOID, SILU = range(5)
-KEEPS_SLOPE = (SILU,)  # its slope is no function of its value
 
 
 @triton.jit
@@ -66,16 +65,3 @@ def drift(a0, da, ACT: tl.constexpr):
         x0 = a0 * (1 + before) / 2
         slope = gate + (a0 + da) * (1 - now * now) / 4
     return dx, x0, slope
-
-
-@triton.jit
-def slope_at(x, ACT: tl.constexpr):
-    """The slope where the value is x."""
-    if ACT == 0:
-        return tl.where(x > 0, 1.0, 0.0)
-    elif ACT == 1:
-        return tl.where(x > 0, 1.0, x + 1)
-    elif ACT == 2:
-        return 1 - x * x
-    else:
-        return x * (1 - x)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasthyper.kernels.activation import KEEPS_SLOPE, drift, slope_at
+from fasthyper.kernels.activation import RELU, drift
 from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
 from fasthyper.kernels.products import (
     ALONG_TILE,
@@ -21,7 +21,6 @@ from fasthyper.kernels.products import (
     dot_along,
     down,
     factor,
-    load_parts,
     num_parts,
     num_tiles,
     split,
@@ -33,7 +32,7 @@ from fasthyper.kernels.products import (
 @triton.jit
 def _store_features(
     dx, x0, slope, root, x, part, L, slopes, num_rows, col0, width, P,
-    LAST: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LAST: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, the drift in the first half of x, in the second the features at the snapshot (LAST) or now."""
     row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
@@ -41,8 +40,7 @@ def _store_features(
     other = x0 if LAST else x0 + dx
     store_parts(x + row * L + col, part, tl.where(live, dx * root[:, None], 0.0), mask, PARTS)
     store_parts(x + P + row * L + col, part, tl.where(live, other * root[:, None], 0.0), mask, PARTS)
-    if KEEPS:
-        tl.store(slopes + row * P + col, slope, mask=mask)
+    tl.store(slopes + row * P + col, slope, mask=mask)
     if col0 == 0:
         end = tl.arange(0, 16)[None, :]
         store_parts(x + 2 * P + row * L + end, part, tl.where(end == 0, root[:, None], 0.0), row < num_rows, PARTS)
@@ -70,7 +68,7 @@ def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.co
 @triton.jit
 def _first_layer(
     of_tasks, of_chunks, pre, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
-    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """da = da_t + da_n; the snapshot's pre-activations as they are stored, or from their parts too."""
@@ -87,16 +85,15 @@ def _first_layer(
     dx, x0, slope = drift(a0, da, ACT)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)
     x += row0 * L
-    if KEEPS:
-        slopes += row0 * P
-    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, KEEPS, PARTS, BM, BN)
+    slopes += row0 * P
+    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
 
 
 @triton.jit
 def _layer(
     x_in, part_in, L_in, weights, weights_part, weights_L, weights0, weights0_part, weights0_L, pre, roots,
     x, part, L, slopes, num_tasks, num_chunks, width, P,
-    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
@@ -117,19 +114,18 @@ def _layer(
     dx, x0, slope = drift(a0, da, ACT)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)
     x += row0 * L
-    if KEEPS:
-        slopes += row0 * P
-    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, KEEPS, PARTS, BM, BN)
+    slopes += row0 * P
+    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
 
 
 @triton.jit
 def _back(
-    a, a_part, lda, b, b_part, ldb, depth, extra, roots, x, part, L, slopes, out, out_part, row_lo, row_hi,
+    a, a_part, lda, b, b_part, ldb, depth, extra, roots, slopes, out, out_part, row_lo, row_hi,
     num_tasks, num_chunks, width, P,
-    HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, ACT: tl.constexpr, KEEPS: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """(a b' + extra) root slope, of rows [row_lo, row_hi) of the layer whose features are x; whole (FIRST) or in parts."""
+    """(a b' + extra) root slope, of rows [row_lo, row_hi); whole (FIRST) or in parts."""
     row0, col0 = tile(P, BM, BN)
     row0 += row_lo
     left = (row_hi - row0).to(tl.int32)
@@ -142,15 +138,7 @@ def _back(
     root = _roots(roots, row0, left, num_tasks, LAST, BM)[:, None]
     if HAS_EXTRA:
         grad += _load_pre(extra, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
-    if KEEPS:
-        grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0) * root
-    else:
-        x += row0 * L
-        now = load_parts(x + P + row * L + col, part, mask, PARTS)
-        if LAST:
-            now += load_parts(x + row * L + col, part, mask, PARTS)
-            now = now / tl.where(root > 0, root, 1.0)
-        grad *= slope_at(now, ACT) * root
+    grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0).to(tl.float32) * root
     grad = tl.where(col < width, grad, 0.0)
     if FIRST:
         tl.store(out + row0 * P + row * P + col, grad, mask=mask)
@@ -239,11 +227,11 @@ class Trunk:
         self.weights, self.biases, self.weights0, self.biases0 = layers[::2], layers[1::2], layers0[::2], layers0[1::2]
         self.pre0, self.roots = [a.contiguous() for a in pre0], weight_T.sqrt()
         self.sizes, self.parts = (len(weight_T), num_chunks), parts
-        self.num_rows, keeps = len(weight_T) * num_chunks, activation in KEEPS_SLOPE
-        self.settings = {"ACT": activation, "KEEPS": keeps, "PARTS": parts}
+        self.num_rows, self.settings = len(weight_T) * num_chunks, {"ACT": activation, "PARTS": parts}
         self.widths = [len(weight) for weight in self.weights]
         self.x = [self._factor(self.num_rows, 2 * padded(width) + END) for width in self.widths]
-        self.slopes = [self.roots.new_empty(self.num_rows, padded(width)) if keeps else None for width in self.widths]
+        dtype = torch.bfloat16 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
+        self.slopes = [torch.empty(self.num_rows, padded(w), dtype=dtype, device=self.roots.device) for w in self.widths]
         self.turned: list[Tensor] = []  # W' of each layer but the first
 
     def _factor(self, rows: int, columns: int) -> Tensor:
@@ -310,10 +298,9 @@ class Trunk:
 
     def _back(self, i: int, a: Tensor, b: Tensor, depth: int, extra: Tensor | None, rows: tuple[int, int]) -> None:
         _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i])),)](
-            *(*factor(a), *factor(b), depth, extra, self.roots, *factor(self.x[i]), self.slopes[i]),
+            *(*factor(a), *factor(b), depth, extra, self.roots, self.slopes[i]),
             *(self.grad, self.grad.stride(0), *rows, *self._of(i)),
-            **self.settings,
-            **{"HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1, "FIRST": i == 0},
+            **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1, "FIRST": i == 0},
             **ALONG_TILE,
         )
 

@@ -33,14 +33,6 @@ def store_parts(at, part, value, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_parts(at, part, mask, PARTS: tl.constexpr):
-    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, PARTS):
-        value += tl.load(at + i * part, mask=mask, other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
 def _dot(x, y, acc):
     if INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
