@@ -37,16 +37,19 @@ class Recorder(TorchDispatchMode):
                     if storage not in self.own and storage not in self.before:
                         whole = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
                         self.before[storage] = whole, whole.clone()
+        taken = tree_map_only(
+            Tensor, Tensor.detach, (args, kwargs)
+        )  # as shaped now: later operations may transpose in place
         result = function(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         fresh = []
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 self.own[t.untyped_storage()._cdata] = t  # kept, so that no other gets its place in memory
-                fresh.append(t)
+                fresh.append(t.detach())
             else:
                 fresh.append(None)
-        self.operations.append((function, args, kwargs, fresh))
+        self.operations.append((function, *taken, fresh))
         return result
 
 
@@ -83,7 +86,7 @@ class EmulatedGraphs:
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             for mine, made in zip(fresh, tree_leaves(function(*args, **kwargs)), strict=True):
                 if mine is not None:
-                    mine.detach().copy_(made)
+                    mine.copy_(made)
 
     def fetch(self, numbers):
         self.fetches += 1

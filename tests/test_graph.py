@@ -22,13 +22,15 @@ UNCAPTURED = 1 + WARM_UP  # the first makes the optimizers' state
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+def as_given(x, y):
+    return x, y
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def device(request, monkeypatch):
     """The CPU, whose graphs are emulated, and a GPU."""
     if request.param == "cpu":
         monkeypatch.setitem(graph.RUNTIMES, "cpu", EmulatedGraphs)
-    else:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return request.param
 
 
@@ -87,6 +89,7 @@ def test_numbers_are_those_of_plain_steps(device, options):
         assert (runtime.warm_ups, runtime.captures, runtime.replays) == (3 * WARM_UP, 3, 3 * (40 - UNCAPTURED))
 
 
+@pytest.mark.filterwarnings("ignore:RNN module weights")  # cuDNN's, of weights that are made
 @pytest.mark.parametrize("layout", ["flat", "aligned"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_target(device, name, layout):
@@ -146,25 +149,19 @@ def test_a_step_that_is_not_finite_changes_nothing(device, options, at, monkeypa
         trainer.fit((inputs, labels), steps=5, batch_size=32)
         trainer.begin_task(steps=12)
         for _ in range(at):
-            trainer._advance(trainer._current, fit_as_given, inputs.to(device), labels.to(device))
+            trainer._advance(trainer._current, as_given, inputs.to(device), labels.to(device))
         with pytest.raises(fh.NonFiniteLossError, match=f"loss is nan at task 1, step {at}: lower lr"):
             for step in range(at, 12):
                 x = torch.full_like(inputs, math.inf) if step == at else inputs
-                trainer._advance(trainer._current, fit_as_given, x.to(device), labels.to(device))
+                trainer._advance(trainer._current, as_given, x.to(device), labels.to(device))
             trainer.end_task()
         assert trainer.current_step == at and trainer._current.record.samples == at * 32
-        runs.append(trainer)
-        bad = copy.deepcopy(trainer.hnet.state_dict()), copy.deepcopy(trainer._current.tensors())
-        runs.append(bad)
+        kept = copy.deepcopy({**trainer.hnet.state_dict(), **trainer._current.tensors()})
+        runs.append((trainer, kept))
         trainer.fit((inputs, labels), steps=12, batch_size=32)
-    for mine, other in zip(runs[1], runs[3], strict=True):
-        assert mine.keys() == other.keys()
-        assert all(torch.equal(mine[key], other[key]) or device == "cuda" for key in mine)
-    same(runs[0], runs[2])
-
-
-def fit_as_given(x, y):
-    return x, y
+    (captured, mine), (plain, other) = runs
+    assert mine.keys() == other.keys() and all(torch.allclose(mine[key], other[key], rtol=1e-9) for key in mine)
+    same(captured, plain)
 
 
 def test_a_drift_that_is_not_finite_is_named(device):
@@ -205,14 +202,7 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(device, tmp_path, foreground, mon
     options = {"reg_tasks": 1, "plastic": True}
     whole, stream = trained(device, None, **options), toy_stream()
 
-    class Cuts(fh.loggers.Logger):
-        def on_step(self, task, step, total, loss, drift):
-            if (task, step) == (2, 0):  # while 39 steps are to come
-                os.kill(os.getpid(), signal.SIGINT)
-
-    cut = fh.Trainer(
-        toy_hnet(), device=device, out=tmp_path, lr=0.02, beta=0.3, progress=False, loggers=[Cuts(every=1)], **options
-    )
+    cut = fh.Trainer(toy_hnet(), device=device, out=tmp_path, lr=0.02, beta=0.3, progress=False, **options)
     advance = cut._advance
 
     def slowly(now, *args):
@@ -222,7 +212,6 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(device, tmp_path, foreground, mon
 
     for task in stream[:2]:
         cut.fit(task, steps=40, batch_size=16)
-    cut.loggers.clear()
     cut._advance = slowly
     with pytest.raises(KeyboardInterrupt):
         cut.fit(stream[2], steps=40, batch_size=16)
