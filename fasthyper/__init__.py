@@ -15,6 +15,7 @@ from fasthyper.compat.convert import from_hypercl, from_hypnettorch, to_hypercl,
 from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError
 from fasthyper.export import load
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.inference import infer_tasks
 from fasthyper.lookahead import candidate_step
 from fasthyper.metrics import Results
 from fasthyper.regularizer import OutputRegularizer
@@ -35,6 +36,7 @@ __all__ = [
     "candidate_step",
     "from_hypercl",
     "from_hypnettorch",
+    "infer_tasks",
     "load",
     "loggers",
     "metrics",

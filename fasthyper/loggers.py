@@ -19,7 +19,7 @@ class Logger:
     Args:
         every: steps between calls of ``on_step``.
 
-    Numbers arrive as Python floats that the step has read from the device anyway.
+    Numbers arrive as Python floats that are read from the device anyway; from a GPU some steps late, but all in order.
 
     Raises:
         ValueError: ``every`` below 1.

@@ -55,25 +55,45 @@ def look_ahead(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def take_step(optimizer: torch.optim.Optimizer, more_grads: Sequence[Tensor] = (), scale: float = 1.0) -> None:
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    more_grads: Sequence[Tensor] = (),
+    scale: float = 1.0,
+    healthy: Tensor | None = None,
+) -> None:
     """``optimizer.step()`` on ``p.grad + scale * more_grads``, for Adam in one pass over gradients, moments and parameters.
 
     Args:
         optimizer: any of ``torch.optim``; its state is what ``step()`` would leave.
         more_grads: one per parameter, all of which then have a ``.grad``; or none at all.
         scale: factor of ``more_grads``.
+        healthy: bool ``[]`` on the parameters' device; where it is false nothing changes. It is not read. The optimizer must
+            have taken a step before, which makes its state.
     """
     if not _takes_ops(optimizer):
         if more_grads:
             for p, more in zip(_parameters(optimizer), more_grads, strict=True):
                 p.grad.add_(more, alpha=scale)  # type: ignore[union-attr]
+        changing = [] if healthy is None else _changing(optimizer)
+        before = [t.clone() for t in changing]
         optimizer.step()
+        for t, old in zip(changing, before, strict=True):
+            t.copy_(torch.where(healthy, t, old))  # type: ignore[arg-type]
         return
     more_of = dict(zip(_parameters(optimizer), more_grads, strict=True)) if more_grads else {}
     for group in optimizer.param_groups:
         params, grads, *state = _adam_lists(optimizer, group)
         more_in_group = [more_of[p] for p in params] if more_of else []
-        ops.adam_step_(params, grads, more_in_group, scale, *state, **_adam_settings(group))
+        ops.adam_step_(params, grads, more_in_group, scale, *state, **_adam_settings(group), healthy=healthy)
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Lets a CUDA graph capture the steps of an optimizer that has taken none yet, also those that torch itself takes."""
+    if not _takes_ops(optimizer):
+        for group in optimizer.param_groups:
+            if "capturable" in group and all(p.is_cuda for p in group["params"]):
+                group["capturable"] = True
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not
 
 
 def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:
@@ -104,6 +124,12 @@ def _change(
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _changing(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters, and all tensors of the state."""
+    state = (value for entries in optimizer.state.values() for value in entries.values())
+    return [*_parameters(optimizer), *(value for value in state if isinstance(value, Tensor))]
 
 
 def _adam_lists(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
@@ -141,7 +167,7 @@ def _adam(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, A
 
 def _amsgrad(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """E4 with the largest second moment so far in place of the second moment."""
-    lr, decay, (beta1, beta2), after = group["lr"], group["weight_decay"], group["betas"], float(state["step"]) + 1
+    lr, decay, (beta1, beta2), after = group["lr"], group["weight_decay"], group["betas"], state["step"].double() + 1
     decoupled = group["decoupled_weight_decay"]
     grad = grad + decay * param if decay and not decoupled else grad
     m = beta1 * state["exp_avg"] + (1 - beta1) * grad

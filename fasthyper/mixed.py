@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -77,13 +77,13 @@ class MixedBatch:
         """
         found, rows = [], []
         for group in self.groups(fill=goes_by_example(target.module)):
-            y, tried = None, len(group) > 1 and _may_vmap(target)
+            y, tried = None, len(group) > 1 and target.num_weights <= MOST_WEIGHTS and may_vmap(target)
             if tried:
                 y = self._run_together(target, generate(group), group, options)
             if y is None:
                 y = torch.cat([self._checked(run_one(i, self._part(i)), self.counts[i]) for i in group])
-            if tried:  # known once the inputs turned out to be sound
-                target.vmaps.setdefault(_mode(target), False)
+            if tried:
+                remember_vmap(target)
             found.append(y)
             rows += [self._rows(i) for i in group]
         order = torch.cat(rows)
@@ -108,31 +108,10 @@ class MixedBatch:
         starts = torch.tensor([self._starts[i] for i in group])
         index = (starts[:, None] + place.minimum(counts[:, None] - 1)).to(self._order.device)
         args = tuple(arg[self._order[index]] if isinstance(arg, Tensor) else arg for arg in self._args)
-        if target.statistics is not None:
-            weights = {**weights, **target.statistics.stacked(tasks)}
-        shared = {name: buffer for name, buffer in target.module.named_buffers() if name not in weights}
-
-        def run(weights: dict[str, Tensor], *args: Any) -> Any:
-            given = {**shared, **weights}
-            y = torch.func.functional_call(target.module, given, args, options)
-            if any(given[name] is not buffer for name, buffer in shared.items()):
-                raise RuntimeError("a buffer that all tasks share was replaced: it would hold what vmap made")
-            return y
-
         dims = tuple(0 if isinstance(arg, Tensor) else None for arg in args)
-        together = torch.func.vmap(run, in_dims=(0, *dims), randomness="different")
-        if target.vmaps.get(_mode(target)):
-            y = together(weights, *args)
-        else:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", message=".*batching rule")  # vmap would do those one by one
-                    y = together(weights, *args)
-            except Exception:  # vmap refuses in many ways; what is wrong with the inputs is said when each task is run alone
-                return None
-            if not isinstance(y, Tensor):
-                return None
-            target.vmaps[_mode(target)] = True
+        y = run_together(target, weights, tasks, args, dims, options)
+        if y is None:
+            return None
         y = target.own_outputs(self._checked(y, len(group), len(place)), tasks).flatten(0, 1)
         return y[(place < counts[:, None]).flatten().to(y.device)] if min(counts) < len(place) else y
 
@@ -141,6 +120,47 @@ class MixedBatch:
         if not isinstance(y, Tensor) or y.shape[: len(shape)] != shape:
             raise TypeError("a batch of several tasks needs a target whose output is one tensor, a row per example")
         return y
+
+
+def run_together(
+    target: Target,
+    weights: dict[str, Tensor],
+    tasks: Sequence[int],
+    args: tuple[Any, ...],
+    dims: tuple[int | None, ...],
+    options: dict[str, Any] | None = None,
+) -> Tensor | None:
+    """Outputs ``[K, ...]`` of K tasks, made with all heads, or ``None`` where ``vmap`` cannot run the target.
+
+    Args:
+        weights: of the tasks, stacked.
+        args: positional inputs; those whose ``dims`` is 0 hold one for each task, others go to every task.
+        options: keyword inputs.
+    """
+    if target.statistics is not None:
+        weights = {**weights, **target.statistics.stacked(tasks)}
+    shared = {name: buffer for name, buffer in target.module.named_buffers() if name not in weights}
+
+    def run(weights: dict[str, Tensor], *args: Any) -> Any:
+        given = {**shared, **weights}
+        y = torch.func.functional_call(target.module, given, args, options)
+        if any(given[name] is not buffer for name, buffer in shared.items()):
+            raise RuntimeError("a buffer that all tasks share was replaced: it would hold what vmap made")
+        return y
+
+    together = torch.func.vmap(run, in_dims=(0, *dims), randomness="different")
+    if target.vmaps.get(_mode(target)):
+        return together(weights, *args)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*batching rule")  # vmap would do those one by one
+            y = together(weights, *args)
+    except Exception:  # vmap refuses in many ways; what is wrong with the inputs is said when each task is run alone
+        return None
+    if not isinstance(y, Tensor):
+        return None
+    target.vmaps[_mode(target)] = True
+    return y
 
 
 def goes_by_example(module: nn.Module) -> bool:
@@ -159,10 +179,15 @@ _BY_EXAMPLE = {
 }
 
 
-def _may_vmap(target: Target) -> bool:
-    """Not where it costs more, nor where statistics are written to: a stacked copy of them would be."""
+def may_vmap(target: Target) -> bool:
+    """Not where it was found that it cannot, nor where statistics are written to: a stacked copy of them would be."""
     writes = target.module.training and target.statistics is not None
-    return target.num_weights <= MOST_WEIGHTS and not writes and target.vmaps.get(_mode(target), True)
+    return not writes and target.vmaps.get(_mode(target), True)
+
+
+def remember_vmap(target: Target) -> None:
+    """That ``vmap`` cannot run it, if it has not: known once each task was run alone, so that inputs are sound."""
+    target.vmaps.setdefault(_mode(target), False)
 
 
 def _mode(target: Target) -> tuple[bool, bool]:

@@ -91,7 +91,7 @@ class OutputRegularizer:
         theta: Sequence[Tensor] | None = None,
         embeddings: Tensor | None = None,
         *,
-        tasks: Sequence[int] | None = None,
+        tasks: Sequence[int] | Tensor | None = None,
         scaling: Tensor | None = None,
         targets: Tensor | Sequence[Tensor] | None = None,
         importance: Tensor | Sequence[Tensor] | None = None,
@@ -101,7 +101,8 @@ class OutputRegularizer:
         Args:
             theta: stands in for ``hnet.theta`` (a looked-ahead one, say), in the same order.
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings; by default those of the snapshot, held fixed.
-            tasks: distinct past tasks to take, the mean is over them; ``None`` takes all.
+            tasks: distinct past tasks to take, the mean is over them; ``None`` takes all. An int64 tensor ``[k]`` on the
+                device is taken as it is, unchecked, and read only where tasks have heads.
             scaling: ``[T]`` factor of each past task; ``None`` means 1.
             targets: ``[T, P]``, or one tensor ``[P]`` per past task: weights to hold to in place of the snapshot's, end to
                 end in the order of ``hnet.generate``; not differentiated.
@@ -138,7 +139,7 @@ class OutputRegularizer:
         theta: Sequence[Tensor] | None = None,
         embeddings: Tensor | None = None,
         *,
-        tasks: Sequence[int] | None = None,
+        tasks: Sequence[int] | Tensor | None = None,
         scaling: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
@@ -151,7 +152,7 @@ class OutputRegularizer:
         self,
         theta: Sequence[Tensor] | None,
         embeddings: Tensor | None,
-        tasks: Sequence[int] | None,
+        tasks: Sequence[int] | Tensor | None,
         scaling: Tensor | None,
     ) -> dict[str, Any]:
         if not hasattr(self, "theta0"):
@@ -161,12 +162,15 @@ class OutputRegularizer:
         theta = self.hnet.theta if theta is None else theta
         embeddings = self.embeddings0 if embeddings is None else embeddings
         embeddings0, pre0, plan, gram0 = self.embeddings0, self._pre0, self._all, self._gram0
-        if tasks is not None:
+        if isinstance(tasks, Tensor):
+            index, tasks = tasks, tasks.tolist() if self.hnet.layout.heads else range(len(tasks))
+        elif tasks is not None:
             if len(set(tasks)) != len(tasks):
                 raise ValueError(f"tasks to regularize must be distinct, got {list(tasks)}")
             if not all(0 <= task < self.num_past for task in tasks):
                 raise IndexError(f"tasks to regularize must be in 0 .. {self.num_past - 1}, got {list(tasks)}")
             index = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device)
+        if tasks is not None:
             embeddings, embeddings0, pre0 = embeddings[index], embeddings0[index], [a[index] for a in pre0]
             plan, scaling = self._plan(tasks), None if scaling is None else scaling[index]
         return {
@@ -193,7 +197,7 @@ class OutputRegularizer:
         self.snapshot(num_past, theta, embeddings)
 
     def _rows(
-        self, name: str, given: Tensor | Sequence[Tensor] | None, tasks: Sequence[int] | None
+        self, name: str, given: Tensor | Sequence[Tensor] | None, tasks: Sequence[int] | Tensor | None
     ) -> Tensor | Sequence[Tensor] | None:
         """``given``, one row of P numbers per past task, or of it the rows of ``tasks``; nothing is copied."""
         if given is None:
@@ -211,7 +215,7 @@ class OutputRegularizer:
                 raise ValueError(f"{name} must have shape {shape}, got {list(row.shape)}")
         if len(given) != self.num_past:
             raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
-        return given if tasks is None else [given[task] for task in tasks]
+        return given if tasks is None else [given[int(task)] for task in tasks]
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)

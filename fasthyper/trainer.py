@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from fasthyper import checkpoint, nets
 from fasthyper.environment import environment
 from fasthyper.errors import NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
+from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.inference import accuracies_on
 from fasthyper.interrupt import deferred_interrupt
 from fasthyper.loggers import Logger
-from fasthyper.lookahead import look_ahead, take_step
+from fasthyper.lookahead import look_ahead, make_capturable, take_step
 from fasthyper.metrics import Results, TaskRecord, peak_memory
 from fasthyper.progress import training_bar
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams import Task, TaskData, as_task_data
-from fasthyper.streams.batches import Batches, derived_seed
+from fasthyper.streams.batches import Batches, derived_seed, to_device
+from fasthyper.training import TaskInTraining
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"fused": True}),
@@ -33,7 +37,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rmsprop": (torch.optim.RMSprop, {}),
 }
 SAMPLES_PER_TASK = 200  # points of the loss and drift curves that are kept
-EVALUATION_BATCH = 2048
 
 
 class Trainer:
@@ -55,6 +58,12 @@ class Trainer:
             ``momentum``, ...).
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
+        graph: whether a step is one launch of a CUDA graph, captured anew for each task, with the same numbers; ``None``: on
+            CUDA. Nothing then waits for the device: loss and drift are read, and loggers told, as they arrive, a tenth of a
+            second late. So late is a loss that is not finite found, but nothing has changed since. The first steps of a task
+            are run as they are, and so are all where they cannot be captured: with hooks in the hypernetwork or the target;
+            with ``reg_tasks`` and output heads of the tasks' own; where the target puts another tensor in the place of a
+            buffer, or waits for the device, which is warned of. Other Python code in its ``forward`` is not run again.
         out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
@@ -62,7 +71,7 @@ class Trainer:
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
 
     Raises:
-        ValueError: unknown optimizer, or a negative number where none can be.
+        ValueError: unknown optimizer, a negative number where none can be, or ``graph=True`` elsewhere than on CUDA.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Trainer:
         optimizer_options: dict[str, Any] | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        graph: bool | None = None,
         out: str | Path | None = None,
         name: str = "run",
         settings: dict[str, Any] | None = None,
@@ -103,12 +113,16 @@ class Trainer:
             "settings": settings,
         }
         self.hnet = hnet if device is None else hnet.to(device)
+        if graph and self.device.type not in RUNTIMES:
+            raise ValueError(f"graph=True needs a CUDA device, the hypernetwork is on {self.device}")
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
         self.out = None if out is None else Path(out)
         self.progress, self.loggers = progress, list(loggers)
         self.results = Results()
         self.regularizer = OutputRegularizer(hnet)
-        self._current: _TaskInTraining | None = None
+        self.graph = graph
+        self._current: TaskInTraining | None = None
+        self._runtime: Runtime | None = None
         if self.out is not None:
             checkpoint.claim(self.out)
 
@@ -120,7 +134,7 @@ class Trainer:
     @property
     def current_step(self) -> int:
         """Steps taken on the task under way; 0 between tasks."""
-        return 0 if self._current is None else self._current.record.steps
+        return 0 if self._current is None else self._current.steps
 
     def fit(self, task: Any, *, steps: int, batch_size: int = 128) -> TaskRecord:
         """Trains the next task; goes on where it stopped if this task was interrupted.
@@ -143,11 +157,15 @@ class Trainer:
         title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
         with deferred_interrupt() as interrupted:
             start = self.begin_task(steps=steps, name=name)
+            current = self._under_way()
             with training_bar(title, start, steps, self.progress) as show:
                 for step in range(start, steps):
-                    show(step + 1, *self.step(*data.batch(batches.indices(step))))
+                    self._advance(current, data.batch, batches.indices(step))
+                    show(step + 1, *current.latest)
                     if interrupted():
                         break
+                self._collect(wait=True)
+                show(current.steps, *current.latest)
             if interrupted():
                 if self.out is not None:
                     self.save(self.out)
@@ -167,6 +185,7 @@ class Trainer:
         Raises:
             IndexError: the hypernetwork has no embedding for the next task.  ValueError: it has grown since the task began.
         """
+        self._collect(wait=True)
         self.hnet.train()
         current = self._current = self._current or self._begin(len(self.results.tasks), name)
         if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
@@ -181,21 +200,10 @@ class Trainer:
         Raises:
             RuntimeError: no task was begun.  NonFiniteLossError: as in ``fit``.
         """
-        if self._current is None:
-            raise RuntimeError("no task is under way: call begin_task first")
-        current, record = self._current, self._current.record
-        loss, drift = self._step(current, x, y)
-        step, now = record.steps, time.perf_counter()
-        record.steps, record.samples = step + 1, record.samples + len(y)
-        record.seconds, current.clock = record.seconds + now - current.clock, now
-        if step % max(1, current.planned // SAMPLES_PER_TASK) == 0 or step + 1 == current.planned:
-            record.loss.append((step, loss))
-            if not math.isnan(drift):
-                record.drift.append((step, drift))
-        for logger in self.loggers:
-            if step % logger.every == 0:
-                logger.on_step(record.index, step, self._total_steps(), loss, drift)
-        return loss, drift
+        current = self._under_way()
+        self._advance(current, _as_given, x, y)
+        self._collect(wait=True)
+        return current.latest
 
     def end_task(self) -> TaskRecord:
         """Ends the task begun: its record joins ``results``, and with ``out`` the state is saved.
@@ -203,9 +211,8 @@ class Trainer:
         Raises:
             RuntimeError: no task was begun.
         """
-        if self._current is None:
-            raise RuntimeError("no task is under way: call begin_task first")
-        record = self._current.record
+        record = self._under_way().record
+        self._collect(wait=True)
         self.results.tasks.append(record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         self._current = None
@@ -215,26 +222,23 @@ class Trainer:
             self.save(self.out)
         return record
 
-    @torch.no_grad()
-    def evaluate(self, tasks: Any) -> list[float]:
+    def evaluate(self, tasks: Any, *, infer: bool = False) -> list[float]:
         """Accuracy, a fraction, on each task's test data; becomes the row of the last trained task in ``results``.
 
         Args:
             tasks: a ``Task`` or a sequence of them (a slice of a stream), or a sequence of data as ``fit`` takes it, which
                 stands for tasks 0, 1, ...
+            infer: do not tell the task of an example, infer it among those trained so far as ``fh.infer_tasks`` does. An
+                example is right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they
+                are.
         """
-        self.hnet.eval()
-        accuracies = {}
+        named: dict[int, TaskData] = {}
         for position, task in enumerate([tasks] if isinstance(tasks, Task) else tasks):
             index, data = (task.index, task.test) if isinstance(task, Task) else (position, as_task_data(task))
-            data = data.to(self.device)
-            weights = self.hnet.generate(index)
-            hits = torch.zeros((), dtype=torch.int64, device=self.device)
-            for indices in torch.arange(len(data), device=self.device).split(EVALUATION_BATCH):
-                x, y = data.batch(indices)
-                hits += (self.hnet.target(weights, x.to(self.hnet.basis.dtype), index).argmax(1) == y).sum()
-            accuracies[index] = hits.item() / len(data)
-        if self.results.tasks:
+            named[index] = data
+        among = range(len(self.results.tasks)) if infer else None
+        accuracies = dict(zip(named, accuracies_on(self.hnet, list(named.items()), among), strict=True))
+        if self.results.tasks and not infer:
             trained = len(self.results.tasks) - 1
             self.results.accuracy.setdefault(trained, {}).update(accuracies)
             for logger in self.loggers:
@@ -248,7 +252,9 @@ class Trainer:
 
         Raises:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
+            NonFiniteLossError: found in steps whose numbers were not yet read.
         """
+        self._collect(wait=True)
         tensors = {f"hnet.{name}": tensor for name, tensor in self.hnet.state_dict().items()}
         state = {
             "trainer": self.config,
@@ -277,6 +283,7 @@ class Trainer:
         *,
         target: nn.Module | None = None,
         device: torch.device | str | None = None,
+        graph: bool | None = None,
         out: str | Path | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
@@ -286,7 +293,7 @@ class Trainer:
         Args:
             directory: where ``save`` wrote.
             target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
-            device, out, progress, loggers: as in the constructor.
+            device, graph, out, progress, loggers: as in the constructor.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
@@ -294,7 +301,14 @@ class Trainer:
         tensors, state = checkpoint.load(Path(directory))
         try:
             hnet = rebuild(with_prefix(tensors, "hnet."), state, target)
-            trainer = cls(hnet, **state["trainer"], device=device, out=out, progress=progress, loggers=loggers)
+            options: dict[str, Any] = {
+                "device": device,
+                "graph": graph,
+                "out": out,
+                "progress": progress,
+                "loggers": loggers,
+            }
+            trainer = cls(hnet, **state["trainer"], **options)
             trainer.results = Results.from_json(state["results"])
             if state["current"] is not None:
                 record = TaskRecord.from_json(state["current"])
@@ -318,7 +332,12 @@ class Trainer:
             return index, task.name, task.train.to(self.device)
         return index, "", as_task_data(task).to(self.device)
 
-    def _begin(self, index: int, name: str) -> _TaskInTraining:
+    def _under_way(self) -> TaskInTraining:
+        if self._current is None:
+            raise RuntimeError("no task is under way: call begin_task first")
+        return self._current
+
+    def _begin(self, index: int, name: str) -> TaskInTraining:
         """New optimizers, and a snapshot of what the past tasks generate now."""
         embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
         held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in range(index)] if self.plastic else [])]
@@ -327,16 +346,108 @@ class Trainer:
         self.regularizer.snapshot(index)
         lr = self.config["lr"]
         groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
-        return _TaskInTraining(
+        current = TaskInTraining(
             record=TaskRecord(index, name),
             held=held,
             free=[embedding, *rest],
             held_optimizer=optimizer(held, lr=lr, **options),  # type: ignore[call-arg]
             free_optimizer=optimizer(groups, lr=lr, **options),  # type: ignore[call-arg]
         )
+        if self.graph is not False and self.device.type in RUNTIMES:
+            self._runtime = self._runtime or RUNTIMES[self.device.type](self.device)
+            current.graph = StepGraph(self._runtime, self.device, self.hnet.basis.dtype)
+            make_capturable(current.held_optimizer)
+            make_capturable(current.free_optimizer)
+        return current
 
-    def _step(self, now: _TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """One update; returns the task loss and the drift (NaN without one) before it."""
+    def _advance(self, now: TaskInTraining, batch: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> None:
+        """One step on ``batch(*inputs)``, inputs and labels: taken and noted, or launched, and noted once it is read."""
+        size, graph = len(inputs[-1]), now.graph
+        if graph is None or not now.steady:
+            shared = self.hnet.target.shared()
+            self._note(now, *self._step(now, *batch(*inputs)), size)
+            if graph is not None and not self._can_launch(now, shared):
+                now.graph = None
+            now.steady = True
+            return
+
+        def run(healthy: Tensor, *given: Tensor) -> Tensor:
+            def check(values: Tensor) -> Tensor:
+                return healthy.logical_and_(values.abs().max() < math.inf)
+
+            return self._update(now, *batch(*given[: len(inputs)]), *given[len(inputs) :], check=check)
+
+        tasks, depends_on = self._sampled_tasks(now), (batch, self.hnet.training, self.beta, self.lookahead)
+        can_capture = graph.launch(depends_on, run, inputs if tasks is None else (*inputs, tasks))
+        now.unread.append((size, self._has_drift(now)))
+        self._collect(wait=not can_capture)
+        if not can_capture:
+            now.graph = None
+            warnings.warn("the target waits for the device: no CUDA graph, steps are run as they are", stacklevel=3)
+
+    def _can_launch(self, now: TaskInTraining, shared: dict[str, Tensor]) -> bool:
+        """Whether a step is all in tensors that stay where they are; ``shared`` were the target's before one."""
+        modules = [*self.hnet.modules(), *self.hnet.target.module.modules()]
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        replaced = any(tensor is not shared[name] for name, tensor in self.hnet.target.shared().items())
+        plans_differ = self._sampled_tasks(now) is not None and bool(self.hnet.layout.heads)
+        return not (has_hooks or replaced or plans_differ)
+
+    def _collect(self, *, wait: bool) -> None:
+        """Notes launched steps whose numbers have arrived; with ``wait``, all of them."""
+        now = self._current
+        if now is None or now.graph is None:
+            return
+        for numbers in now.graph.read(wait):
+            size, has_drift = now.unread[0]
+            try:
+                loss, drift = self._finite(numbers if has_drift else numbers[:1], now.record)
+            except NonFiniteLossError:
+                now.unread.clear()
+                now.graph.restart()
+                raise
+            now.unread.popleft()
+            self._note(now, loss, drift, size)
+
+    def _note(self, now: TaskInTraining, loss: float, drift: float, size: int) -> None:
+        """A step on ``size`` examples was taken: keeps what is to be kept of it, and tells the loggers."""
+        record, step, clock = now.record, now.record.steps, time.perf_counter()
+        now.latest = loss, drift
+        record.steps, record.samples = step + 1, record.samples + size
+        record.seconds, now.clock = record.seconds + clock - now.clock, clock
+        if step % max(1, now.planned // SAMPLES_PER_TASK) == 0 or step + 1 == now.planned:
+            record.loss.append((step, loss))
+            if not math.isnan(drift):
+                record.drift.append((step, drift))
+        total = sum(task.steps for task in self.results.tasks) + record.steps
+        for logger in self.loggers:
+            if step % logger.every == 0:
+                logger.on_step(record.index, step, total, loss, drift)
+
+    def _step(self, now: TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """One update; returns the task loss and the drift (NaN without one) before it, the step's one read."""
+        read: list[tuple[float, float]] = []
+
+        def check(values: Tensor) -> None:
+            read.append(self._finite(values.tolist(), now.record))
+
+        self._update(now, x, y, self._sampled_tasks(now), check=check)
+        return read[0]
+
+    def _update(
+        self,
+        now: TaskInTraining,
+        x: Tensor,
+        y: Tensor,
+        tasks: Tensor | None = None,
+        *,
+        check: Callable[[Tensor], Tensor | None],
+    ) -> Tensor:
+        """One update; returns task loss and, if there is one, drift before it, ``[1 or 2]``.
+
+        ``check`` sees them before anything has changed but batch-norm statistics. It raises, or returns a flag on the
+        device: where that is false nothing changes. ``tasks``: past ones for the drift; ``None``: all.
+        """
         parameters, statistics = [*now.held, *now.free], self.hnet.statistics
         rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
         rows_before = [row.clone() for row in rows]
@@ -346,37 +457,50 @@ class Trainer:
             parameter.grad = grad
         values: list[Tensor] = [loss.detach()]
         drift_grads: list[Tensor] = []
-        if now.record.index > 0 and self.beta > 0:
+        if self._has_drift(now):
             ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
-            value, drift_grads = self._drift(ahead, now.record)
+            value, drift_grads = self._drift(ahead, tasks)
             values.append(value)
+        numbers = torch.stack(values)
         try:
-            loss_value, drift = self._finite(values, now.record)
+            healthy = check(numbers)
         except NonFiniteLossError:
             for row, before in zip(rows, rows_before, strict=True):
                 row.copy_(before)
             raise
-        take_step(now.held_optimizer, drift_grads, self.beta)
-        take_step(now.free_optimizer)
-        return loss_value, drift
+        take_step(now.held_optimizer, drift_grads, self.beta, healthy)
+        take_step(now.free_optimizer, healthy=healthy)
+        if healthy is not None:
+            for row, before in zip(rows, rows_before, strict=True):
+                row.copy_(torch.where(healthy, row, before))
+            for parameter in parameters:
+                parameter.grad = None  # it lies where a graph's next launch writes
+        return numbers
 
-    def _drift(self, held: Sequence[Tensor], record: TaskRecord) -> tuple[Tensor, list[Tensor]]:
+    def _has_drift(self, now: TaskInTraining) -> bool:
+        return now.record.index > 0 and self.beta > 0
+
+    def _sampled_tasks(self, now: TaskInTraining) -> Tensor | None:
+        """Past tasks for the drift of the next step, int64 ``[k]``; ``None``: all."""
+        num_past = now.record.index
+        if not self._has_drift(now) or self.reg_tasks is None or self.reg_tasks >= num_past:
+            return None
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, num_past, now.steps))
+        return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
+
+    def _drift(self, held: Sequence[Tensor], tasks: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Drift of the past tasks' weights at these values of what moves, and its gradients for them."""
-        num_theta, tasks = len(self.hnet.theta), None
-        if self.reg_tasks is not None and self.reg_tasks < record.index:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, record.index, record.steps))
-            tasks = torch.randperm(record.index, generator=generator)[: self.reg_tasks].tolist()
+        num_theta = len(self.hnet.theta)
         embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
         value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], embeddings, tasks=tasks)
         if self.plastic:
-            table = torch.zeros_like(self.regularizer.embeddings0)
-            table[slice(None) if tasks is None else tasks] = grad_embeddings
-            grads = [*grads, *table]
+            if tasks is not None:
+                grad_embeddings = torch.zeros_like(self.regularizer.embeddings0).index_copy_(0, tasks, grad_embeddings)
+            grads = [*grads, *grad_embeddings]
         return value, grads
 
-    def _finite(self, values: list[Tensor], record: TaskRecord) -> tuple[float, float]:
-        """Loss and drift, if there is one, as numbers: the step's one read from the device."""
-        numbers = torch.stack(values).tolist()
+    def _finite(self, numbers: Sequence[float], record: TaskRecord) -> tuple[float, float]:
+        """Loss and drift, NaN where there is none; raises where one that is there is not finite."""
         for what, number in zip(("loss", "drift"), numbers, strict=False):
             if not math.isfinite(number):
                 kept = f"; the last checkpoint in {self.out} is untouched" if self.out else ""
@@ -387,40 +511,5 @@ class Trainer:
         return numbers[0], numbers[1] if len(numbers) > 1 else math.nan
 
 
-class _TaskInTraining:
-    """The task under way: what moves, held by the drift or on the task loss alone, and the optimizers that move it."""
-
-    def __init__(
-        self,
-        record: TaskRecord,
-        held: list[nn.Parameter],
-        free: list[nn.Parameter],
-        held_optimizer: torch.optim.Optimizer,
-        free_optimizer: torch.optim.Optimizer,
-    ):
-        self.record, self.held, self.free = record, held, free
-        self.held_optimizer, self.free_optimizer = held_optimizer, free_optimizer
-        self.planned, self.clock = 0, 0.0  # steps to come in all; when the last one ended
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"held": self.held_optimizer, "free": self.free_optimizer}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The optimizers' state, named ``optimizer.WHICH.PARAMETER.KEY``."""
-        return {
-            f"optimizer.{which}.{i}.{key}": value
-            for which, optimizer in self._optimizers().items()
-            for i, entries in optimizer.state_dict()["state"].items()
-            for key, value in entries.items()
-            if value is not None
-        }
-
-    def restore(self, record: TaskRecord, tensors: dict[str, Tensor]) -> None:
-        """Takes over what ``tensors`` wrote."""
-        self.record = record
-        for which, optimizer in self._optimizers().items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in with_prefix(tensors, f"optimizer.{which}.").items():
-                i, key = name.split(".", 1)
-                state.setdefault(int(i), {})[key] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def _as_given(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x, y

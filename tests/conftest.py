@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from fasthyper import ops, reference
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns of what is set below
 
 # the same examples each time; --hypothesis-profile=long draws new ones
 PROFILE = hypothesis.settings(

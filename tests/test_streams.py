@@ -111,6 +111,16 @@ def test_to_keeps_what_is_there_and_shares_copies_between_permuted_tasks():
     assert first.device.type == "cpu"
 
 
+def test_data_and_permutations_of_a_permuted_stream_are_moved_once():
+    train, test = some_data(), some_data()
+    stream = permuted_stream("p", 3, 0, train, test, 2)
+    moved = [stream[0].train.to("meta")]  # before there is another task
+    moved += [stream[index].train.to("meta") for index in (1, 2)]
+    assert len({id(data.inputs) for data in moved}) == 1
+    for task, data in zip(stream, moved, strict=True):
+        assert task.train.to("meta") is data and data.to("cpu") is task.train
+
+
 def test_to_does_not_hold_on_to_copies_of_data_that_nobody_shares():
     data = some_data()
     assert data.to("meta").inputs is not data.to("meta").inputs

@@ -36,9 +36,16 @@ class Batches:
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(*self._seed, epoch))
-            self._order = torch.randperm(self.num_examples, generator=generator).to(self._device)
+            self._order = to_device(torch.randperm(self.num_examples, generator=generator), self._device)
             self._epoch = epoch
         return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor``, of the CPU, on ``device``; the host does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def derived_seed(*parts: int) -> int:

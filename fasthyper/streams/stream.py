@@ -30,7 +30,8 @@ class TaskData:
     def __init__(self, inputs: Tensor, labels: Tensor, columns: Tensor | None = None):
         _check(inputs, labels)
         self.inputs, self.labels, self.columns = inputs, labels.to(inputs.device, torch.int64), None
-        self._copies: dict[torch.device, tuple[Tensor, Tensor]] | None = None
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] | None = None  # of inputs and labels, once they are shared
+        self._moved: dict[torch.device, TaskData] = {}  # of views of shared data
         if columns is not None:
             self.columns = _checked_columns(columns, inputs)
 
@@ -38,15 +39,26 @@ class TaskData:
         return len(self.labels)
 
     @property
+    def shape(self) -> torch.Size:
+        """Of all inputs, as batches hold them."""
+        return self.inputs.shape if self.columns is None else torch.Size([len(self), len(self.columns)])
+
+    @property
     def device(self) -> torch.device:
         return self.inputs.device
 
-    def with_columns(self, columns: Tensor) -> TaskData:
-        """The same examples seen through other ``columns``; both share the tensors, and later their copies elsewhere."""
+    def share(self) -> TaskData:
+        """Keeps its copies on other devices, for itself and for what ``with_columns`` makes of it."""
         if self._copies is None:
             self._copies = {self.device: (self.inputs, self.labels)}
-        other = copy.copy(self)
+            self._moved = {self.device: self}
+        return self
+
+    def with_columns(self, columns: Tensor) -> TaskData:
+        """The same examples seen through other ``columns``; both share the tensors, and later their copies elsewhere."""
+        other = copy.copy(self.share())
         other.columns = _checked_columns(columns, self.inputs)
+        other._moved = {self.device: other}
         return other
 
     def to(self, device: Device) -> TaskData:
@@ -54,12 +66,16 @@ class TaskData:
         device = torch.empty(0, device=device).device  # "cuda" means "cuda:0", and tensors say so
         if device == self.device:
             return self
+        if device in self._moved:
+            return self._moved[device]
         copies = {} if self._copies is None else self._copies
         if device not in copies:
             copies[device] = self.inputs.to(device), self.labels.to(device)
         moved = copy.copy(self)
         moved.inputs, moved.labels = copies[device]
         moved.columns = None if self.columns is None else self.columns.to(device)
+        if self._copies is not None:
+            self._moved[device] = moved
         return moved
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +220,8 @@ class Stream(Sequence[Task]):
 
 def permuted_stream(name: str, num_tasks: int, seed: int, train: TaskData, test: TaskData, num_classes: int) -> Stream:
     """Tasks that differ in the order of the input features only; the first has the original order. The data are shared."""
+
+    train.share(), test.share()
 
     def make_task(index: int) -> Task:
         views = train, test
