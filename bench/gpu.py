@@ -110,9 +110,11 @@ def main() -> int:
     run = Run(Device(args.device, args.quick), args.out, args.seconds, args.commit)
     cases = quick_cases() if args.quick else full_cases()
     run.measure(cases)
-    for failure in run.record["failures"]:
-        print(failure, file=sys.stderr)
-    return 1 if run.record["failures"] else 0
+    failures, left_out = run.record["failures"], run.record["left_out"]
+    for line in (*(f"failed: {failure}" for failure in failures), *(f"no time left for {name}" for name in left_out)):
+        print(line)
+    print(f"{len(run.record['rows'])} rows, {len(failures)} failures, {len(left_out)} left out for lack of time")
+    return 1 if failures else 0
 
 
 class Run:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import report_gpu
 import torch
 from device import Device
 from gpu import TINY, Training
@@ -103,3 +104,48 @@ def test_a_long_sequence_goes_on_where_its_slice_ended(tmp_path):
     assert "digits" in found["settings"]["data"] and "MNIST" not in found["settings"]["data"]
     other = run("longseq.py", *size[:2], "--steps", 4, *size[4:], status=1)
     assert "is of a run with" in other.stderr and other.stderr.count("\n") == 1
+
+
+def as_goals(found):
+    """The record of the tiny workload under the names and numbers of tasks that the goals are about."""
+    cases = {"tiny": [("p100", 2), ("p100", 100)], "tiny-aligned": [("p100-aligned", 100)]}
+    rows = [
+        {**row, "workload": workload, "past": past, "precision": precision}
+        for row in found["rows"]
+        for workload, past in cases[row["workload"]]
+        for precision in ("fp32", "tf32")
+    ]
+    linear = [{**row, "weights": 20_000_000} for row in found["hyper_linear"]]
+    return {**found, "rows": rows, "hyper_linear": linear}
+
+
+def test_text_says_what_was_asked_and_found(record):
+    gpu = as_goals(record[0])
+    longseq = {
+        "finished": True,
+        "settings": {"data": "MNIST, permuted", "tf32": False, "layout": "flat", "steps": 5, "tasks": 10},
+        "training_seconds": 300.4,
+        "evaluation_seconds": 20.0,
+        "evaluations": {"9": {"mean": 0.5, "lowest": 0.1}, "10": {"mean": 0.9, "lowest": 0.8}},
+        "slices": [{"environment": {"gpu": "a GPU", "commit": "abc"}}],
+    }
+    readme, design = report_gpu.readme_text(gpu, longseq), report_gpu.design_text(gpu, longseq)
+    assert readme.count("| `p100` |") == 2 and readme.count("| `p100-aligned` |") == 1
+    assert "after 10 of 10 tasks 90.00 % mean accuracy, the lowest 80.00 %" in readme and "commit abc" in readme
+    found = {what: text for what, _, text in report_gpu.goals(gpu, longseq)}
+    assert found["PermutedMNIST-100, evaluation included, fp32, s"] == "320"
+    assert found["step `p100-aligned` at 2, fp32, against hypnettorch"] == "not measured"
+    assert found["step `p100` at 100, TF32, ms"].count(" to ") == 1
+    assert "`hypernet_drift_fwd`" in design and "us a step" in design
+    for text in (readme, design):
+        assert text.startswith("\n") and text.endswith("\n")
+        tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+        assert len(set(tables)) <= 2
+    digits = {**longseq, "settings": longseq["settings"] | {"data": "digits"}}
+    assert dict((w, f) for w, _, f in report_gpu.goals(gpu, digits))[next(reversed(found))] == "not measured"
+
+
+def test_without_a_result_it_is_said_so(tmp_path):
+    assert report_gpu.load(tmp_path) == (None, None)
+    for text in (report_gpu.readme_text(None, None), report_gpu.design_text(None, None)):
+        assert "Nothing was measured on a GPU yet" in text
