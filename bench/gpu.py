@@ -196,6 +196,7 @@ class Run:
                 row |= {"macs": work.macs, "bytes": work.num_bytes, "ceiling_seconds": floor}
                 row["ceiling_share"] = floor / best["median"]
                 row["peers"] = {name: self._peer(workload, past, what, name, skipped[name], best) for name in PEERS}
+                skipped["compile"] = skipped["compile"] or "compiling takes a minute: done in the first precision"
                 if what == "regularizer":
                     row["errors"] = self._errors(workload, past)
                 elif len(self._step_ways) > 1:
@@ -209,8 +210,8 @@ class Run:
             return "it has no such layout; see the flat one"
         if name == "hypnettorch" and past > MOST_LOOPED:
             return f"a call loops over {past} tasks"
-        if name == "compile" and (workload.name, past) != cases.compiled:
-            return f"compiling takes a minute: done for {cases.compiled[0]} at {cases.compiled[1]}"
+        if name == "compile" and (workload.name, past, what) != (*cases.compiled, "regularizer"):
+            return f"compiling takes a minute: done for the regularizer of {cases.compiled[0]} at {cases.compiled[1]}"
         return missing(name)
 
     @property
@@ -377,7 +378,11 @@ class Run:
         largest = max(
             [("gaps between kernels", row["gaps"]), *((k["name"], k["seconds"]) for k in kernels)], key=lambda p: p[1]
         )
-        row["holds"] = f"{largest[0]}: {1e6 * largest[1]:.0f} of {1e6 * seconds:.0f} us"
+        row["holds"] = (
+            "not known, the profiler saw no kernel"
+            if not kernels
+            else f"{largest[0]}: {1e6 * largest[1]:.0f} of {1e6 * seconds:.0f} us"
+        )
         print(f"profile, {workload.name} at {past}, {precision}, {way}: most of a step is {row['holds']}")
         for kernel in row["kernels"]:
             print(f"  {1e6 * kernel['seconds']:9.1f} us  {kernel['launches']:6.1f} x  {kernel['name']}", flush=True)
