@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import report_gpu
+
 from fasthyper.bench.costs import Work
 from fasthyper.bench.figure import times_figure
 from fasthyper.bench.machine import Machine
@@ -35,6 +37,7 @@ CEILING_TEXT = (
 def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     measured, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in measured["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
     parts = {
@@ -44,12 +47,14 @@ def main() -> int:
             "times": times(commands),
             "table": table(rows, measured),
             "loop": loop_text(loop),
+            "gpu": report_gpu.readme_text(*gpu),
         },
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
             "goals": goals_table(entries, measured["machine_info"]["ceiling"]),
             "planner": planner_table(entries),
+            "gpu-goals": report_gpu.design_text(*gpu),
         },
     }
     for path, contents in parts.items():

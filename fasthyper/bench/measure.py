@@ -122,7 +122,7 @@ def reason_not_to(predictor: Predictor, past: int, what: str, name: str) -> str 
     return None
 
 
-def check_parity(workload: Workload, past: int, what: str, name: str) -> None:
+def check_parity(workload: Workload, past: int, what: str, name: str, device: torch.device | str = "cpu") -> None:
     """Ours against one peer, float64 and float32 (``compile``, which is ``eager``'s code, in float32 only).
 
     Raises:
@@ -135,7 +135,7 @@ def check_parity(workload: Workload, past: int, what: str, name: str) -> None:
         tasks = min(past, FLOAT64_TASKS) if dtype == torch.float64 else past
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for quantity, error, bound in check(workload, tasks, name, dtype):
+            for quantity, error, bound in check(workload, tasks, name, dtype, device):
                 if not error < bound:
                     raise ParityError(
                         f"{name} disagrees on {workload.name}, {tasks} past tasks, {what}: {quantity} in "
@@ -143,15 +143,22 @@ def check_parity(workload: Workload, past: int, what: str, name: str) -> None:
                     )
 
 
-def _drift_differences(workload: Workload, past: int, name: str, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
-    ours, peer = (SIDES[side](workload, past, dtype) for side in (OURS, name))
+Differences = Iterable[tuple[str, float, float]]  # what differs, by how much, and by how much it may
+
+
+def _drift_differences(
+    workload: Workload, past: int, name: str, dtype: torch.dtype, device: torch.device | str
+) -> Differences:
+    ours, peer = (SIDES[side](workload, past, dtype, device=device) for side in (OURS, name))
     (value, grads), (peer_value, peer_grads) = ours.prepare("regularizer")(), peer.prepare("regularizer")()
     yield "the value", _difference(value, peer_value), PARITY[dtype][0]
     yield "the gradient", _difference(ours.comparable(grads), peer.comparable(peer_grads)), PARITY[dtype][1]
 
 
-def _step_differences(workload: Workload, past: int, name: str, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
-    steps = [SIDES[side](workload, past, dtype, TINY_EPS).prepare("step") for side in (OURS, name)]
+def _step_differences(
+    workload: Workload, past: int, name: str, dtype: torch.dtype, device: torch.device | str
+) -> Differences:
+    steps = [SIDES[side](workload, past, dtype, TINY_EPS, device).prepare("step") for side in (OURS, name)]
     found, wanted = (torch.tensor([step() for _ in range(STEPS)], dtype=torch.float64) for step in steps)
     yield "the loss", _difference(found[:, 0], wanted[:, 0]), STEP_PARITY[dtype]
     if dtype == torch.float64:

@@ -40,11 +40,18 @@ class Side(abc.ABC):
     package: str | None = None  # what it needs beside torch
     stored_per_weight = 0.0  # copies of all old tasks' weights that it holds at its worst moment
 
-    def __init__(self, workload: Workload, past: int, dtype: torch.dtype = torch.float32, eps: float = 1e-8):
-        self.workload, self.past, self.dtype, self.eps = workload, past, dtype, eps
-        self.hnet = workload.build(past).to(dtype)
-        x, self.y = workload.batch()
-        self.x = x.to(dtype)
+    def __init__(
+        self,
+        workload: Workload,
+        past: int,
+        dtype: torch.dtype = torch.float32,
+        eps: float = 1e-8,
+        device: torch.device | str = "cpu",
+    ):
+        self.workload, self.past, self.dtype, self.eps, self.device = workload, past, dtype, eps, torch.device(device)
+        self.hnet = workload.build(past).to(device, dtype)
+        x, y = workload.batch()
+        self.x, self.y = x.to(device, dtype), y.to(device)
 
     @abc.abstractmethod
     def prepare(self, what: str) -> Call:
@@ -57,7 +64,7 @@ class Side(abc.ABC):
     def ahead(self) -> list[Tensor]:
         """The step of the look-ahead for each tensor of our theta: the same for every side."""
         generator = torch.Generator().manual_seed(1)
-        return [AHEAD * torch.randn(p.shape, generator=generator).to(self.dtype) for p in self.hnet.theta]
+        return [AHEAD * torch.randn(p.shape, generator=generator).to(p) for p in self.hnet.theta]
 
 
 class Ours(Side):
