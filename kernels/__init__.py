@@ -9,4 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+from fasthyper.kernels.direct import target_drift_fwd
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"target_drift_fwd": target_drift_fwd}
