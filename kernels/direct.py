@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +34,7 @@ BLOCK_C = 64
 COPY_TILE = 1 << 20  # elements of the residual that float64 holds at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_chunks"])
 def _entries_kernel(table_ptr, entries_ptr, num_entries, num_chunks, BLOCK_G: tl.constexpr):
     """entries[0 .. 2] = row, lo, hi of the ``BLOCK_G`` entries that a program owns, of one rectangle."""
     table_ptr += tl.program_id(1) * FIELDS
@@ -87,7 +88,7 @@ def _weighed(
     return d, wd
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_chunks", "rows_per_weight"])
+@triton.jit(do_not_specialize=["num_entries", "num_chunks", "rows_per_weight", "x_task_stride", "x_chunk_stride"])
 def _rows_kernel(
     x_ptr,
     y_ptr,
@@ -179,7 +180,12 @@ def _rows_kernel(
         tl.store(value_ptr + split * tl.num_programs(0) + tile, tl.sum(value_R, 0))
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_chunks", "rows_per_weight", "num_rectangles", "first_col", "num_cols"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_entries", "num_chunks", "rows_per_weight", "num_rectangles", "first_col", "num_cols"),
+        *("x_task_stride", "x_chunk_stride"),
+    ]
+)
 def _columns_kernel(
     x_ptr,
     y_ptr,
@@ -290,7 +296,7 @@ def _columns_kernel(
         tl.store(partial_ptr + o_C + WIDTH, 2 * bias_C, mask=m_C)
 
 
-@triton.jit(do_not_specialize=["num_tasks", "num_chunks"])
+@triton.jit(do_not_specialize=["num_tasks", "num_chunks", "task_stride", "chunk_stride"])
 def _add_rows_kernel(
     grad_ptr,
     sums_ptr,
@@ -456,16 +462,14 @@ def target_drift_fwd(
                 size = rows[0].shape[1] if rows[0].dim() == 2 else min(len(row) for row in rows[task_lo:task_hi])
                 if reach > size:
                     raise RuntimeError(f"target_drift: the plan reaches {reach} weights of a task, {name} has {size}")
-    factors = _Factors(h_TNH, basis_SK, weight_T, num_chunks, width, width, width)
+    xs, ys, bias_S1 = [h_TNH], [basis_SK[:, :width]], basis_SK[:, width:]
     if snapshot:
         h0_TNH, basis0_SK = snapshot
-        half = -(-width // 4) * 4
-        x_TND, y_SD = h_TNH.new_zeros(num_tasks, num_chunks, 2 * half), basis_SK.new_zeros(chunk_size, 2 * half + 4)
-        x_TND[..., :width], x_TND[..., half : half + width] = h_TNH, h0_TNH
-        y_SD[:, :width] = basis_SK[:, :width]
-        y_SD[:, half : half + width] = basis_SK[:, :width] - basis0_SK[:, :width]
-        y_SD[:, 2 * half] = basis_SK[:, width] - basis0_SK[:, width]
-        factors = _Factors(x_TND, y_SD, weight_T, num_chunks, width, 2 * half, half)
+        xs, ys, bias_S1 = [*xs, h0_TNH], [*ys, ys[0] - basis0_SK[:, :width]], bias_S1 - basis0_SK[:, width:]
+    half = -(-width // 4) * 4
+    x_TND = torch.cat([F.pad(x, (0, half - width)) for x in xs], -1)
+    y_SD = torch.cat([*(F.pad(y, (0, half - width)) for y in ys), F.pad(bias_S1, (0, 3))], 1)
+    factors = _Factors(x_TND, y_SD, weight_T, num_chunks, width, len(xs) * half, half)
     value = torch.zeros((), dtype=torch.float64, device=h_TNH.device)
     grad_h_TNH, grad_basis_SK = h_TNH.new_zeros(h_TNH.shape), basis_SK.new_zeros(basis_SK.shape)
     _add(factors, rectangles, grad_h_TNH, grad_basis_SK, value, targets, importance)
@@ -589,7 +593,7 @@ def _add_float64(
             for lo in range(chunk_lo, chunk_hi, step):
                 hi = min(lo + step, chunk_hi)
                 x_ND = x_TND[task, lo:hi, :depth]
-                h_NH = x_ND[:, :width] + x_ND[:, half : half + width] if half < depth else x_ND
+                h_NH = x_ND[:, :width] + x_ND[:, half : half + width] if half < depth else x_ND[:, :width]
                 d_NC = torch.addmm(y_CD[:, depth], x_ND, y_CD[:, :depth].T)
                 span = slice(lo * chunk_size + col_lo, (hi - 1) * chunk_size + col_hi)
                 if targets:
