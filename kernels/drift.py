@@ -50,9 +50,9 @@ class Plan(NamedTuple):
 
     def cuts(self, which: int) -> list[tuple[Range, list[int]]]:
         """The ranges of chunks (1) or columns (2) that no edge of a rectangle cuts, and the rectangles over each."""
-        edges = sorted({edge for rectangle in self.gram for edge in rectangle[which]})
-        ranges = list(pairwise(edges))
-        over = [[k for k, r in enumerate(self.gram) if r[which][0] <= lo and hi <= r[which][1]] for lo, hi in ranges]
+        spans = [(chunks, cols)[which - 1] for _, chunks, cols in self.gram]
+        ranges = list(pairwise(sorted({edge for span in spans for edge in span})))
+        over = [[k for k, span in enumerate(spans) if span[0] <= lo and hi <= span[1]] for lo, hi in ranges]
         return [(span, found) for span, found in zip(ranges, over, strict=True) if found]
 
 
@@ -167,13 +167,9 @@ def direct_part(
     x: Tensor, y: Tensor, width: int, num_tasks: int, plan: Plan, grad_basis_SK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient of the features ``[T, N, H]`` over direct rectangles; adds to the gradient of the basis."""
-    p = padded(width)
-    x_NTM, y_SM = (
-        torch.cat([m[:, :width], m[:, p : p + width], m[:, 2 * p : 2 * p + 1]], 1)
-        for m in (x.float().sum(0), y.float().sum(0))
-    )
-    x_TNM = x_NTM.view(-1, num_tasks, 2 * width + 1).transpose(0, 1).contiguous()
-    grad_h_TNH = x_TNM.new_zeros(*x_TNM.shape[:2], width)
-    value = torch.zeros((), dtype=torch.float64, device=x.device)
-    direct_rectangles(x_TNM, x_TNM.new_ones(num_tasks), y_SM, width, plan.direct, grad_h_TNH, grad_basis_SK, value)
+    x_RL, y_SL = x.float().sum(0), y.float().sum(0)
+    x_TNL = x_RL.view(-1, num_tasks, x.shape[2]).transpose(0, 1)
+    grad_h_TNH = x_RL.new_zeros(*x_TNL.shape[:2], width)
+    value, ones = torch.zeros((), dtype=torch.float64, device=x.device), x_RL.new_ones(num_tasks)
+    direct_rectangles(x_TNL, ones, y_SL, width, plan.direct, grad_h_TNH, grad_basis_SK, value, padded(width))
     return value, grad_h_TNH
