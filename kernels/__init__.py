@@ -9,4 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+from . import hyper_linear
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "hyper_linear_fwd": hyper_linear.hyper_linear_fwd,
+    "hyper_linear_bwd": hyper_linear.hyper_linear_bwd,
+}

@@ -20,6 +20,7 @@ SHAPES = {
     "one-of-everything": (1, 1, 1, 1, 1),
     "empty-batch": (0, 5, 4, 3, 11),
     "many-slots": (2, 30, 1000, 2, 20_500),  # more than one tile of whole slots
+    "wide": (3, 20, 3, 70, 10),  # more than one block of features
     "large-slots": (2, 500, 2, 2, 1101),  # a slot's weights do not fit one tile
 }
 orders = pytest.mark.parametrize("factorised", [False, True], ids=["generated", "factorised"])
