@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import hyper_linear
+from fasthyper.kernels import hyper_linear
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "hyper_linear_fwd": hyper_linear.hyper_linear_fwd,

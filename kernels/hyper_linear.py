@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import dot, factor_precision
+from fasthyper.kernels.precision import dot, factor_precision
 
 PROCESSORS = 132  # of an H100: sums are parted until there are about as many programs
 
