@@ -3,7 +3,8 @@
 Row n r + j of W [O, I] is slot j of chunk n: W_j = Ha V_j' for all chunks, Ha = [h | 1], V_j = rows [j I, (j + 1) I) of the
 basis. Generated: tiles of W or its gradient are made, used and dropped. Factorised: y = u Ha' with u_j = x V_j.
 What several programs add to is made by each in a part of its own, and the parts are added afterwards: results repeat bit for
-bit. In kernels i_ is an index, o_ are offsets, m_ a mask, b_ a block of values.
+bit. In kernels i_ is an index, o_ are offsets, p_ pointers, m_ a mask, b_ a block of values; where a block begins is int64,
+offsets within it are int32.
 """
 
 from __future__ import annotations
@@ -27,26 +28,40 @@ def _ha_tile(h, o_n, o_k, num_chunks, width):
 
 
 @triton.jit
-def _basis_cells(i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Offsets and mask of slots x inputs x features of the basis: [BLOCK_J * BLOCK_I, BLOCK_K]."""
+def _int64(i):
+    return tl.full([], 0, tl.int64) + i
+
+
+@triton.jit
+def _basis_cells(basis, i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Pointers and mask of slots x inputs x features of the basis: [BLOCK_J * BLOCK_I, BLOCK_K]."""
     o_s = tl.arange(0, BLOCK_J * BLOCK_I)
-    o_j, o_i = i_j + o_s // BLOCK_I, i_i + o_s % BLOCK_I
-    mask = ((o_j < rows) & (o_i < num_inputs))[:, None] & (o_k <= width)[None, :]
-    return (o_j.to(tl.int64) * num_inputs + o_i)[:, None] * (width + 1) + o_k[None, :], mask
+    o_j, o_i = o_s // BLOCK_I, o_s % BLOCK_I
+    mask = ((i_j + o_j < rows) & (i_i + o_i < num_inputs))[:, None] & (o_k <= width)[None, :]
+    first = basis + (_int64(i_j) * num_inputs + i_i) * (width + 1)
+    return first + ((o_j * num_inputs + o_i)[:, None] * (width + 1) + o_k[None, :]), mask
 
 
 @triton.jit
-def _output_cells(o_b, o_j, o_n, batch, num_outputs, num_chunks, rows):
-    """Offsets and mask of outputs, of examples and slots and chunks that broadcast."""
+def _output_cells(y, i_b, o_b, o_j, o_n, batch, num_outputs, num_chunks, rows):
+    """Pointers and mask of outputs of examples i_b + o_b; examples, slots and chunks broadcast."""
     o_o = o_n * rows + o_j
-    mask = (o_b < batch) & (o_j < rows) & (o_n < num_chunks) & (o_o < num_outputs)
-    return o_b.to(tl.int64) * num_outputs + o_o, mask
+    mask = (i_b + o_b < batch) & (o_j < rows) & (o_n < num_chunks) & (o_o < num_outputs)
+    return y + _int64(i_b) * num_outputs + (o_b * num_outputs + o_o), mask
 
 
 @triton.jit
-def _matrix_cells(o_row, o_col, num_rows, num_cols):
-    mask = (o_row < num_rows)[:, None] & (o_col < num_cols)[None, :]
-    return o_row.to(tl.int64)[:, None] * num_cols + o_col[None, :], mask
+def _slot_outputs(y, i_m, o_m, o_n, batch, num_outputs, num_chunks, rows):
+    """The same, row i_m + o_m standing for an example and a slot."""
+    i_b, o_m = i_m // rows, i_m % rows + o_m
+    return _output_cells(y, i_b, o_m // rows, o_m % rows, o_n, batch, num_outputs, num_chunks, rows)
+
+
+@triton.jit
+def _matrix_cells(matrix, i_row, o_row, o_col, num_rows, num_cols):
+    """Pointers and mask of rows i_row + o_row of a matrix."""
+    mask = (i_row + o_row < num_rows)[:, None] & (o_col < num_cols)[None, :]
+    return matrix + _int64(i_row) * num_cols + (o_row[:, None] * num_cols + o_col[None, :]), mask
 
 
 @triton.jit
@@ -66,8 +81,8 @@ def _weight_tile(
     b_w = tl.zeros([BLOCK_J * BLOCK_I, BLOCK_N], h.dtype.element_ty)
     for i_k in range(0, NUM_K * BLOCK_K, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
-        o_v, m_v = _basis_cells(i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J, BLOCK_I)
-        b_v = tl.load(basis + o_v, mask=m_v, other=0.0)
+        p_v, m_v = _basis_cells(basis, i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J, BLOCK_I)
+        b_v = tl.load(p_v, mask=m_v, other=0.0)
         b_w = dot(b_v, tl.trans(_ha_tile(h, o_n, o_k, num_chunks, width)), b_w, PRECISION)
     return tl.reshape(_swap(b_w, BLOCK_J, BLOCK_I, BLOCK_N), [BLOCK_I, BLOCK_J * BLOCK_N])
 
@@ -80,20 +95,21 @@ def _generated_fwd_kernel(
 ):  # fmt: skip
     """y_j = x W_j' over ``share`` inputs; a program has a tile of examples x (slots, chunks)."""
     num_b, num_n = tl.cdiv(batch, BLOCK_B), tl.cdiv(num_chunks, BLOCK_N)
-    i_tile, i_first = tl.program_id(0) // num_b, tl.program_id(1) * share
+    i_b, i_tile, i_part = tl.program_id(0) % num_b * BLOCK_B, tl.program_id(0) // num_b, tl.program_id(1)
     i_n, i_j = i_tile % num_n * BLOCK_N, i_tile // num_n * BLOCK_J
-    o_b, o_c = tl.program_id(0) % num_b * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_J * BLOCK_N)
+    o_b, o_c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_J * BLOCK_N)
     b_y = tl.zeros([BLOCK_B, BLOCK_J * BLOCK_N], y.dtype.element_ty)
-    for i_i in range(i_first, min(i_first + share, num_inputs), BLOCK_I):
+    for i_i in range(i_part * share, min((i_part + 1) * share, num_inputs), BLOCK_I):
         b_w = _weight_tile(
             h, basis, i_j, i_n, i_i, num_inputs, num_chunks, rows, width,
             BLOCK_J, BLOCK_N, BLOCK_I, BLOCK_K, NUM_K, PRECISION,
         )  # fmt: skip
-        o_x, m_x = _matrix_cells(o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
-        b_y = dot(tl.load(x + o_x, mask=m_x, other=0.0), b_w, b_y, PRECISION)
+        p_x, m_x = _matrix_cells(x, i_b, o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
+        b_y = dot(tl.load(p_x, mask=m_x, other=0.0), b_w, b_y, PRECISION)
+    y += _int64(i_part) * batch * num_outputs
     o_j, o_n = (i_j + o_c // BLOCK_N)[None, :], (i_n + o_c % BLOCK_N)[None, :]
-    o_y, m_y = _output_cells(o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
-    tl.store(y + tl.program_id(1).to(tl.int64) * batch * num_outputs + o_y, b_y, mask=m_y)
+    p_y, m_y = _output_cells(y, i_b, o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
+    tl.store(p_y, b_y, mask=m_y)
 
 
 @triton.jit
@@ -104,20 +120,21 @@ def _generated_dx_kernel(
 ):  # fmt: skip
     """dx = sum_j dy_j W_j over ``share`` tiles of (slots, chunks); a program has a tile of examples x inputs."""
     num_b, num_n = tl.cdiv(batch, BLOCK_B), tl.cdiv(num_chunks, BLOCK_N)
-    i_i, i_first = tl.program_id(0) // num_b * BLOCK_I, tl.program_id(1) * share
-    o_b, o_c = tl.program_id(0) % num_b * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_J * BLOCK_N)
+    i_b, i_i, i_part = tl.program_id(0) % num_b * BLOCK_B, tl.program_id(0) // num_b * BLOCK_I, tl.program_id(1)
+    o_b, o_c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_J * BLOCK_N)
     b_dx = tl.zeros([BLOCK_B, BLOCK_I], d_x.dtype.element_ty)
-    for i_tile in range(i_first, min(i_first + share, num_n * tl.cdiv(rows, BLOCK_J))):
+    for i_tile in range(i_part * share, min((i_part + 1) * share, num_n * tl.cdiv(rows, BLOCK_J))):
         i_n, i_j = i_tile % num_n * BLOCK_N, i_tile // num_n * BLOCK_J
         b_w = _weight_tile(
             h, basis, i_j, i_n, i_i, num_inputs, num_chunks, rows, width,
             BLOCK_J, BLOCK_N, BLOCK_I, BLOCK_K, NUM_K, PRECISION,
         )  # fmt: skip
         o_j, o_n = (i_j + o_c // BLOCK_N)[None, :], (i_n + o_c % BLOCK_N)[None, :]
-        o_y, m_y = _output_cells(o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
-        b_dx = dot(tl.load(d_y + o_y, mask=m_y, other=0.0), tl.trans(b_w), b_dx, PRECISION)
-    o_x, m_x = _matrix_cells(o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
-    tl.store(d_x + tl.program_id(1).to(tl.int64) * batch * num_inputs + o_x, b_dx, mask=m_x)
+        p_y, m_y = _output_cells(d_y, i_b, o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
+        b_dx = dot(tl.load(p_y, mask=m_y, other=0.0), tl.trans(b_w), b_dx, PRECISION)
+    d_x += _int64(i_part) * batch * num_inputs
+    p_x, m_x = _matrix_cells(d_x, i_b, o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
+    tl.store(p_x, b_dx, mask=m_x)
 
 
 @triton.jit
@@ -132,37 +149,38 @@ def _generated_bwd_kernel(
     Programs on axis 0 share the tiles of (slots, inputs), those on axis 1 have a block of features. WITH_H they leave a part
     of dH each, and have one block of chunks, by axis 2; without, they pass all chunks.
     """
-    num_i, o_k = tl.cdiv(num_inputs, BLOCK_I), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    num_i, i_part, i_k = tl.cdiv(num_inputs, BLOCK_I), tl.program_id(0), tl.program_id(1) * BLOCK_K
+    o_b, o_c, o_k = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_J * BLOCK_N), i_k + tl.arange(0, BLOCK_K)
     i_first, i_last = 0, num_chunks
     if WITH_H:
         i_first = tl.program_id(2) * BLOCK_N
         i_last = i_first + BLOCK_N
-    o_c = tl.arange(0, BLOCK_J * BLOCK_N)
     b_dh = tl.zeros([BLOCK_N, BLOCK_K], h.dtype.element_ty)
-    for i_tile in range(tl.program_id(0), num_i * tl.cdiv(rows, BLOCK_J), tl.num_programs(0)):
+    for i_tile in range(i_part, num_i * tl.cdiv(rows, BLOCK_J), tl.num_programs(0)):
         i_i, i_j = i_tile % num_i * BLOCK_I, i_tile // num_i * BLOCK_J
-        o_v, m_v = _basis_cells(i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J, BLOCK_I)
         b_dv = tl.zeros([BLOCK_J * BLOCK_I, BLOCK_K], h.dtype.element_ty)
         for i_n in range(i_first, i_last, BLOCK_N):
             o_j, o_n = (i_j + o_c // BLOCK_N)[None, :], (i_n + o_c % BLOCK_N)[None, :]
             b_dw = tl.zeros([BLOCK_I, BLOCK_J * BLOCK_N], h.dtype.element_ty)
             for i_b in range(0, batch, BLOCK_B):
-                o_b = i_b + tl.arange(0, BLOCK_B)
-                o_x, m_x = _matrix_cells(o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
-                o_y, m_y = _output_cells(o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
-                b_x, b_dy = tl.load(x + o_x, mask=m_x, other=0.0), tl.load(d_y + o_y, mask=m_y, other=0.0)
+                p_x, m_x = _matrix_cells(x, i_b, o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
+                p_y, m_y = _output_cells(d_y, i_b, o_b[:, None], o_j, o_n, batch, num_outputs, num_chunks, rows)
+                b_x, b_dy = tl.load(p_x, mask=m_x, other=0.0), tl.load(p_y, mask=m_y, other=0.0)
                 b_dw = dot(tl.trans(b_x), b_dy, b_dw, PRECISION)
             b_dw = tl.reshape(_swap(b_dw, BLOCK_I, BLOCK_J, BLOCK_N), [BLOCK_J * BLOCK_I, BLOCK_N])
             if WITH_BASIS:
                 b_ha = _ha_tile(h, i_n + tl.arange(0, BLOCK_N), o_k, num_chunks, width)
                 b_dv = dot(b_dw, b_ha, b_dv, PRECISION)
             if WITH_H:
-                b_dh = dot(tl.trans(b_dw), tl.load(basis + o_v, mask=m_v, other=0.0), b_dh, PRECISION)
+                p_v, m_v = _basis_cells(basis, i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J, BLOCK_I)
+                b_dh = dot(tl.trans(b_dw), tl.load(p_v, mask=m_v, other=0.0), b_dh, PRECISION)
         if WITH_BASIS:
-            tl.store(d_basis + o_v, b_dv, mask=m_v)
+            p_v, m_v = _basis_cells(d_basis, i_j, i_i, o_k, num_inputs, rows, width, BLOCK_J, BLOCK_I)
+            tl.store(p_v, b_dv, mask=m_v)
     if WITH_H:
-        o_h, m_h = _matrix_cells(i_first + tl.arange(0, BLOCK_N), o_k, num_chunks, width)
-        tl.store(d_h + tl.program_id(0).to(tl.int64) * num_chunks * width + o_h, b_dh, mask=m_h)
+        d_h += _int64(i_part) * num_chunks * width
+        p_h, m_h = _matrix_cells(d_h, i_first, tl.arange(0, BLOCK_N), o_k, num_chunks, width)
+        tl.store(p_h, b_dh, mask=m_h)
 
 
 @triton.jit
@@ -171,35 +189,35 @@ def _factorised_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = u Ha'; a program has a tile of (examples, slots) x chunks."""
-    o_m, o_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_m, o_m = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], y.dtype.element_ty)
     for i_k in range(0, width + 1, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
-        o_u, m_u = _matrix_cells(o_m, o_k, batch * rows, width + 1)
+        p_u, m_u = _matrix_cells(u, i_m, o_m, o_k, batch * rows, width + 1)
         b_ha = _ha_tile(h, o_n, o_k, num_chunks, width)
-        b_y = dot(tl.load(u + o_u, mask=m_u, other=0.0), tl.trans(b_ha), b_y, PRECISION)
-    o_y, m_y = _output_cells(
-        (o_m // rows)[:, None], (o_m % rows)[:, None], o_n[None, :], batch, num_outputs, num_chunks, rows
-    )
-    tl.store(y + o_y, b_y, mask=m_y)
+        b_y = dot(tl.load(p_u, mask=m_u, other=0.0), tl.trans(b_ha), b_y, PRECISION)
+    p_y, m_y = _slot_outputs(y, i_m, o_m[:, None], o_n[None, :], batch, num_outputs, num_chunks, rows)
+    tl.store(p_y, b_y, mask=m_y)
 
 
 @triton.jit
 def _factorised_du_kernel(
-    d_y, h, d_u, batch, num_outputs, num_chunks, rows, width,
+    d_y, h, d_u, batch, num_outputs, num_chunks, rows, width, share,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """du = dy Ha; a program has a tile of (examples, slots) x features."""
-    o_m, o_k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_b, o_j = (o_m // rows)[:, None], (o_m % rows)[:, None]
+    """du = dy Ha over ``share`` chunks; a program has a tile of (examples, slots) x features."""
+    i_m, o_m = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M)
+    o_k, i_part = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(2)
     b_du = tl.zeros([BLOCK_M, BLOCK_K], d_u.dtype.element_ty)
-    for i_n in range(0, num_chunks, BLOCK_N):
+    for i_n in range(i_part * share, min((i_part + 1) * share, num_chunks), BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        o_y, m_y = _output_cells(o_b, o_j, o_n[None, :], batch, num_outputs, num_chunks, rows)
-        b_dy = tl.load(d_y + o_y, mask=m_y, other=0.0)
-        b_du = dot(b_dy, _ha_tile(h, o_n, o_k, num_chunks, width), b_du, PRECISION)
-    o_u, m_u = _matrix_cells(o_m, o_k, batch * rows, width + 1)
-    tl.store(d_u + o_u, b_du, mask=m_u)
+        p_y, m_y = _slot_outputs(d_y, i_m, o_m[:, None], o_n[None, :], batch, num_outputs, num_chunks, rows)
+        b_ha = _ha_tile(h, o_n, o_k, num_chunks, width)
+        b_du = dot(tl.load(p_y, mask=m_y, other=0.0), b_ha, b_du, PRECISION)
+    d_u += _int64(i_part) * batch * rows * (width + 1)
+    p_u, m_u = _matrix_cells(d_u, i_m, o_m, o_k, batch * rows, width + 1)
+    tl.store(p_u, b_du, mask=m_u)
 
 
 @triton.jit
@@ -207,19 +225,18 @@ def _factorised_dh_kernel(
     d_y, u, d_h, batch, num_outputs, num_chunks, rows, width, share,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dH = dy' u over ``share`` (examples, slots); a program has a tile of chunks x features."""
-    o_n, o_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    i_first = tl.program_id(2) * share
+    """dH = dy' u over ``share`` rows (example, slot); a program has a tile of chunks x features."""
+    i_n, o_n, o_m = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    o_k, i_part = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(2)
     b_dh = tl.zeros([BLOCK_N, BLOCK_K], d_h.dtype.element_ty)
-    for i_m in range(i_first, min(i_first + share, batch * rows), BLOCK_M):
-        o_m = i_m + tl.arange(0, BLOCK_M)
-        o_b, o_j = (o_m // rows)[None, :], (o_m % rows)[None, :]
-        o_y, m_y = _output_cells(o_b, o_j, o_n[:, None], batch, num_outputs, num_chunks, rows)
-        o_u, m_u = _matrix_cells(o_m, o_k, batch * rows, width + 1)
-        b_dy, b_u = tl.load(d_y + o_y, mask=m_y, other=0.0), tl.load(u + o_u, mask=m_u, other=0.0)
+    for i_m in range(i_part * share, min((i_part + 1) * share, batch * rows), BLOCK_M):
+        p_y, m_y = _slot_outputs(d_y, i_m, o_m[None, :], (i_n + o_n)[:, None], batch, num_outputs, num_chunks, rows)
+        p_u, m_u = _matrix_cells(u, i_m, o_m, o_k, batch * rows, width + 1)
+        b_dy, b_u = tl.load(p_y, mask=m_y, other=0.0), tl.load(p_u, mask=m_u, other=0.0)
         b_dh = dot(b_dy, b_u, b_dh, PRECISION)
-    o_h, m_h = _matrix_cells(o_n, o_k, num_chunks, width)
-    tl.store(d_h + tl.program_id(2).to(tl.int64) * num_chunks * width + o_h, b_dh, mask=m_h)
+    d_h += _int64(i_part) * num_chunks * width
+    p_h, m_h = _matrix_cells(d_h, i_n, o_n, o_k, num_chunks, width)
+    tl.store(p_h, b_dh, mask=m_h)
 
 
 @triton.jit
@@ -228,18 +245,19 @@ def _factorised_dx_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, NUM_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx = sum_j du_j V_j' over ``share`` slots; a program has a tile of examples x inputs."""
-    o_b, i_i = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.program_id(1) * BLOCK_I
-    i_first = tl.program_id(2) * share
+    i_b, o_b, i_i = tl.program_id(0) * BLOCK_B, tl.arange(0, BLOCK_B), tl.program_id(1) * BLOCK_I
+    i_part = tl.program_id(2)
     b_dx = tl.zeros([BLOCK_B, BLOCK_I], d_x.dtype.element_ty)
-    for i_step in range(i_first * NUM_K, min(i_first + share, rows) * NUM_K):
+    for i_step in range(i_part * share * NUM_K, min((i_part + 1) * share, rows) * NUM_K):
         i_j, o_k = i_step // NUM_K, i_step % NUM_K * BLOCK_K + tl.arange(0, BLOCK_K)
-        o_v, m_v = _basis_cells(i_j, i_i, o_k, num_inputs, rows, width, 1, BLOCK_I)
-        o_u = (o_b.to(tl.int64) * rows + i_j)[:, None] * (width + 1) + o_k[None, :]
-        m_u = (o_b < batch)[:, None] & (o_k <= width)[None, :]
-        b_du, b_v = tl.load(d_u + o_u, mask=m_u, other=0.0), tl.load(basis + o_v, mask=m_v, other=0.0)
+        p_v, m_v = _basis_cells(basis, i_j, i_i, o_k, num_inputs, rows, width, 1, BLOCK_I)
+        p_u = d_u + (_int64(i_b) * rows + i_j) * (width + 1) + (o_b[:, None] * rows * (width + 1) + o_k[None, :])
+        m_u = (i_b + o_b < batch)[:, None] & (o_k <= width)[None, :]
+        b_du, b_v = tl.load(p_u, mask=m_u, other=0.0), tl.load(p_v, mask=m_v, other=0.0)
         b_dx = dot(b_du, tl.trans(b_v), b_dx, PRECISION)
-    o_x, m_x = _matrix_cells(o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
-    tl.store(d_x + tl.program_id(2).to(tl.int64) * batch * num_inputs + o_x, b_dx, mask=m_x)
+    d_x += _int64(i_part) * batch * num_inputs
+    p_x, m_x = _matrix_cells(d_x, i_b, o_b, i_i + tl.arange(0, BLOCK_I), batch, num_inputs)
+    tl.store(p_x, b_dx, mask=m_x)
 
 
 def hyper_linear_fwd(
@@ -299,20 +317,21 @@ def _generated_bwd(grad_BO: Tensor, x_BI: Tensor, h_NH: Tensor, basis_SK: Tensor
     block_n = _block(num_chunks, most)
     blocks = {
         "BLOCK_B": _block(batch, 32),
-        "BLOCK_J": min(triton.next_power_of_2(rows), most // 2 // block_n or 1),
+        "BLOCK_J": min(triton.next_power_of_2(rows), max(1, 32 // block_n)),
         "BLOCK_N": block_n,
-        "BLOCK_I": _block(num_inputs, most),
+        "BLOCK_I": _block(num_inputs, 32),
         "BLOCK_K": _block(width + 1, 2 * most if width >= most else most),
+        "num_warps": 8,
     }
     tiles = triton.cdiv(rows, blocks["BLOCK_J"]) * triton.cdiv(num_inputs, blocks["BLOCK_I"])
     num_n, num_k = triton.cdiv(num_chunks, block_n), triton.cdiv(width + 1, blocks["BLOCK_K"])
-    num_parts = min(tiles, max(1, 2 * PROCESSORS // (num_n * num_k)))
+    num_parts = min(tiles, max(1, PROCESSORS // (num_n * num_k)))
     h_parts = h_NH.new_empty(num_parts, num_chunks, width)
 
     def launch(programs: int, num_n: int, with_h: bool, with_basis: bool) -> None:
         tensors, sizes = (grad_BO, x_BI, h_NH, basis_SK, h_parts, out_SK), (batch, num_inputs, grad_BO.shape[1])
         _generated_bwd_kernel[programs, num_k, num_n](
-            *tensors, *sizes, num_chunks, rows, width, with_h, with_basis, **blocks, **precision, num_warps=8
+            *tensors, *sizes, num_chunks, rows, width, with_h, with_basis, **blocks, **precision
         )
 
     if num_n == 1:
@@ -347,15 +366,18 @@ def _factorised_bwd(
         triton.cdiv(num_chunks, block_n),
         triton.cdiv(width + 1, block_k),
     )
-    share, num_parts = _shares(batch * rows, 32, num_n * num_k)
     sizes = batch, grad_BO.shape[1], num_chunks, rows, width
-    du_BrK, h_parts = torch.empty_like(u_BrK), h_NH.new_empty(num_parts, num_chunks, width)
-    _factorised_du_kernel[num_m, num_k](
-        grad_BO, h_NH, du_BrK, *sizes, BLOCK_M=block_m, BLOCK_N=_block(num_chunks, 32), BLOCK_K=block_k, **precision
+    share, num_parts = _shares(num_chunks, 32, num_m * num_k)
+    u_parts = u_BrK.new_empty(num_parts, *u_BrK.shape)
+    _factorised_du_kernel[num_m, num_k, num_parts](
+        grad_BO, h_NH, u_parts, *sizes, share, BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, **precision
     )
+    share, num_parts = _shares(batch * rows, 32, num_n * num_k)
+    h_parts = h_NH.new_empty(num_parts, num_chunks, width)
     _factorised_dh_kernel[num_n, num_k, num_parts](
         grad_BO, u_BrK, h_parts, *sizes, share, BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k, **precision
     )
+    du_BrK = _sum(u_parts)
     torch.bmm(x_BI.T.expand(rows, -1, -1), du_BrK.transpose(0, 1), out=_slots(out_SK, rows, num_inputs))
     return _sum(h_parts), du_BrK
 
@@ -368,7 +390,7 @@ def _factorised_dx(du_BrK: Tensor, basis_SK: Tensor, x_BI: Tensor) -> Tensor:
     share, num_parts = _shares(rows, 1, num_b * num_i)
     x_parts, num_k = x_BI.new_empty(num_parts, batch, num_inputs), triton.cdiv(k, blocks["BLOCK_K"])
     _factorised_dx_kernel[num_b, num_i, num_parts](
-        du_BrK, basis_SK, x_parts, batch, num_inputs, rows, k - 1, share, NUM_K=num_k, **blocks, **precision
+        du_BrK, basis_SK, x_parts, batch, num_inputs, rows, k - 1, share, NUM_K=num_k, num_warps=8, **blocks, **precision
     )
     return _sum(x_parts)
 
@@ -394,6 +416,7 @@ def _weight_blocks(x_BI: Tensor, h_NH: Tensor, rows: int, most: int) -> dict[str
         "BLOCK_I": _block(x_BI.shape[1], 32),
         "BLOCK_K": block_k,
         "NUM_K": triton.cdiv(width + 1, block_k),
+        "num_warps": 8,
     }
 
 

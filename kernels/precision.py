@@ -28,4 +28,5 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, in the dtype of acc; at "bf16" of factors rounded to bfloat16."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    else:  # compiled in the other's stead
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
