@@ -10,11 +10,13 @@ BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard cs
 NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift precision fuzz
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
-.PHONY: demo test lint types cpp reference pure sanitize bench readme clean
+TRITON := hyper_linear aligned
+
+.PHONY: demo test lint types cpp reference triton pure sanitize bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
-test: lint types cpp reference pure
+test: lint types cpp reference triton pure
 
 lint: $(VENV)/.dev
 	ruff check .
@@ -32,6 +34,10 @@ cpp: $(VENV)/.dev
 
 reference: $(VENV)/.dev
 	FASTHYPER_BACKEND=reference pytest
+
+# the ops that Triton serves, in its interpreter, which takes minutes over slots that are many or large
+triton: $(VENV)/.dev
+	TRITON_INTERPRET=1 FASTHYPER_BACKEND=triton pytest -k 'not reference- and not slots' $(TRITON:%=tests/test_%.py)
 
 # what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours
 pure: $(VENV)/.dev

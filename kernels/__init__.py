@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fasthyper.kernels.direct import target_drift_fwd
+from fasthyper.kernels.hyper_linear import hyper_linear_bwd, hyper_linear_fwd
 from fasthyper.kernels.hypernet_drift import hypernet_drift_fwd
 from fasthyper.kernels.output_drift import output_drift_fwd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "hyper_linear_bwd": hyper_linear_bwd,
+    "hyper_linear_fwd": hyper_linear_fwd,
     "hypernet_drift_fwd": hypernet_drift_fwd,
     "output_drift_fwd": output_drift_fwd,
     "target_drift_fwd": target_drift_fwd,

@@ -164,12 +164,13 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def direct_part(
-    x: Tensor, y: Tensor, width: int, num_tasks: int, plan: Plan, grad_basis_SK: Tensor
+    x: Tensor, y: Tensor, width: int, roots_T: Tensor, plan: Plan, grad_basis_SK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the features ``[T, N, H]`` over direct rectangles; adds to the gradient of the basis."""
-    x_RL, y_SL = x.float().sum(0), y.float().sum(0)
-    x_TNL = x_RL.view(-1, num_tasks, x.shape[2]).transpose(0, 1)
-    grad_h_TNH = x_RL.new_zeros(*x_TNL.shape[:2], width)
-    value, ones = torch.zeros((), dtype=torch.float64, device=x.device), x_RL.new_ones(num_tasks)
-    direct_rectangles(x_TNL, ones, y_SL, width, plan.direct, grad_h_TNH, grad_basis_SK, value, padded(width))
-    return value, grad_h_TNH
+    """Value over direct rectangles, and gradient ``[T, N, H]`` of features as x holds them; adds to that of the basis."""
+    scale = torch.where(roots_T > 0, roots_T, 1)
+    x_NTL, y_SL = x.float().sum(0).view(-1, len(roots_T), x.shape[2]), y.float().sum(0)
+    x_TNL = (x_NTL / scale[:, None]).transpose(0, 1)
+    grad_h_TNH = x_TNL.new_zeros(*x_TNL.shape[:2], width)
+    value = torch.zeros((), dtype=torch.float64, device=x.device)
+    direct_rectangles(x_TNL, roots_T**2, y_SL, width, plan.direct, grad_h_TNH, grad_basis_SK, value, padded(width))
+    return value, grad_h_TNH / scale[:, None, None]

@@ -204,7 +204,7 @@ def hypernet_drift_fwd(
     value, met, grad_basis_SK = gram_form(y, width, rectangles, rows)
     extra = None
     if rectangles.direct:
-        more, extra = direct_part(trunk.x[-1], y, width, num_tasks, rectangles, grad_basis_SK)
+        more, extra = direct_part(trunk.x[-1], y, width, trunk.roots, rectangles, grad_basis_SK)
         value = value + more
     trunk.meet(met, extra)
     grad_e_TE, grads = trunk.backward(embeddings_TE, z_NZ)
@@ -351,7 +351,7 @@ def without_trunk(
         grad_z[lo:hi] = 2 * (all_tasks_L + total * some) @ cols_LL[:, e:width]
     if plan.direct:
         x_RL = (weight.sqrt() * (chunk_NL[:, None] + task_TL)).flatten(0, 1)
-        more, grad_TNH = direct_part(x_RL[None], y, width, num_tasks, plan, grad_basis_SK)
+        more, grad_TNH = direct_part(x_RL[None], y, width, weight_T.sqrt(), plan, grad_basis_SK)
         grad_TNH = weight.sqrt()[:, None] * grad_TNH
         value, grad_e, grad_z = value + more, grad_e + grad_TNH[..., :e].sum(1), grad_z + grad_TNH[..., e:].sum(0)
     dtype = e_TE.dtype

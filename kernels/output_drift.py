@@ -58,6 +58,6 @@ def output_drift_fwd(
         along(x[:, some], split(2 * cols_LL[:width], parts), grad_RH[some])
     grad_TNH = grad_RH.view(num_chunks, num_tasks, width).transpose(0, 1)
     if rectangles.direct:
-        more, extra_TNH = direct_part(x, y, width, num_tasks, rectangles, grad_basis_SK)
+        more, extra_TNH = direct_part(x, y, width, roots, rectangles, grad_basis_SK)
         value, grad_TNH = value + more, grad_TNH + extra_TNH
     return value.clamp(min=0).to(dh_TNH.dtype), (roots[:, None, None] * grad_TNH).contiguous(), grad_basis_SK

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasthyper.kernels.precision import factor_precision
+
 ALONG_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
 DOWN_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products do not know bfloat16
@@ -21,7 +23,7 @@ PROGRAMS = 1056  # that a product down columns should have at most: eight for ea
 
 def num_parts(precision: int) -> int:
     """The parts of ``precision``, as ops name it, or fewer where torch's own switch allows it."""
-    return min(precision, {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()])
+    return min(precision, {"tf32x3": 3, "tf32": 2, "bf16": 1}[factor_precision()])
 
 
 @triton.jit

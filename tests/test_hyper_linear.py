@@ -20,6 +20,7 @@ SHAPES = {
     "one-of-everything": (1, 1, 1, 1, 1),
     "empty-batch": (0, 5, 4, 3, 11),
     "many-slots": (2, 30, 1000, 2, 20_500),  # more than one tile of whole slots
+    "blocks": (70, 70, 5, 70, 340),  # a GPU's blocks of examples, inputs, slots, features and chunks, more than one of each
     "large-slots": (2, 500, 2, 2, 1101),  # a slot's weights do not fit one tile
 }
 orders = pytest.mark.parametrize("factorised", [False, True], ids=["generated", "factorised"])
@@ -77,9 +78,14 @@ def test_hyper_linear_over_random_shapes(
 
 
 @orders
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "blocks"])
 def test_hyper_linear_forward_backward(implementation, factorised, name):
     assert_forward_and_backward(implementation, torch.float64, SHAPES[name], factorised)
+
+
+@orders
+def test_hyper_linear_blocks_in_either_dtype(implementation, dtype, factorised):
+    assert_forward_and_backward(implementation, dtype, SHAPES["blocks"], factorised)
 
 
 @orders
