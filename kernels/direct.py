@@ -516,8 +516,8 @@ def _add(
 
     block_r = 16 if plan.num_entries <= 16 else 64
     block_h = min(128, max(16, triton.next_power_of_2(width)))
-    num_h = min(3, triton.cdiv(width, block_h))
-    groups = triton.cdiv(width, num_h * block_h)
+    num_h = max(1, min(3, triton.cdiv(width, block_h)))
+    groups = max(1, triton.cdiv(width, num_h * block_h))
     programs = min(MAX_PROGRAMS, PARTIAL_COLUMNS // (num_h * block_h))
     cells = [_Cells.of(rows) if rows else _Cells(x_TND, (0,), 1) for rows in (targets, importance)]
     (targets_ptr, importance_ptr), offsets = (c.base for c in cells), [_on_device(c.offsets, device) for c in cells]
@@ -547,7 +547,7 @@ def _add(
     values = value.new_empty(splits, tiles)
     _rows_kernel[tiles, splits, groups](*pointers, partial, values, *counts, *sizes, **options)
     value += values.sum()
-    block_h = triton.next_power_of_2(width)
+    block_h = triton.next_power_of_2(max(1, width))
     block_n = max(1, 2048 // block_h)
     _add_rows_kernel[(num_tasks * triton.cdiv(num_chunks, block_n),)](
         grad_h_TNH,
