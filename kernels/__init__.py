@@ -9,4 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+from fasthyper.kernels import adam
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "adam_delta_fwd": adam.adam_delta_fwd,
+    "adam_ahead": adam.adam_ahead,
+    "adam_step_": adam.adam_step_,
+}
