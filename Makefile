@@ -5,23 +5,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard csrc/*.cpp csrc/cpu/*)
+BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 
 NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift precision fuzz
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
-TRITON := hyper_linear aligned
+TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
-.PHONY: demo test lint types cpp reference triton pure sanitize bench readme clean
+.PHONY: demo test lint types cpp reference triton pure cuda sanitize bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
-test: lint types cpp reference triton pure
+test: lint types cpp reference triton pure cuda
 
 lint: $(VENV)/.dev
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/*
+	clang-format --dry-run --Werror csrc/*.* csrc/cpu/* csrc/cuda/*
 	python bench/report.py --check
 
 types: $(VENV)/.dev
@@ -46,6 +46,10 @@ pure: $(VENV)/.dev
 	FASTHYPER_BUILD=none build/pure/bin/python -m pip install -q --no-build-isolation --no-deps --ignore-installed .
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -c 'import fasthyper; assert "not built" in fasthyper.backends()["cpu"]'
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. ../tests
+
+# compiles the CUDA sources where nvcc is; it may find no GPU
+cuda: $(VENV)/.dev
+	pytest -m slow -rs tests/test_cuda_compiles.py
 
 # the op tests on an extension of its own, whose every access to memory and every overflow is checked; make test leaves it out
 sanitize: $(VENV)/.dev

@@ -76,29 +76,40 @@ def _bind_cpu(choice: str) -> str:
 
 
 def _bind_cuda(choice: str) -> str:
-    if choice in ("reference", "cpp"):
-        return f"reference (FASTHYPER_BACKEND={choice})"
+    if choice == "reference":
+        return "reference (FASTHYPER_BACKEND=reference)"
     has_triton = importlib.util.find_spec("triton") is not None
     if choice == "triton" and not (has_triton and (INTERPRETED or torch.cuda.is_available())):
         lacking = "a CUDA device, or TRITON_INTERPRET=1" if has_triton else "Triton: pip install triton"
         raise ImportError(f"FASTHYPER_BACKEND=triton needs {lacking}")
     if not torch.cuda.is_available():
         return "none (no CUDA device)"
+    compiled = [f"_{op}" for op in ops.OPS if _has_kernel(op, "CUDA")]  # by the C++ extension, where it was imported
+    others = f", CUDA C++ for {', '.join(compiled)}" if compiled else ""
+    if choice == "cpp":
+        return f"reference (FASTHYPER_BACKEND=cpp){others}"
     if not has_triton:
-        return "reference (Triton is not installed)"
+        return f"reference (Triton is not installed){others}"
     _bind_triton("CUDA")
-    return "triton"
+    return f"triton{others}"
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fasthyper::_{op}", key)
 
 
 def _bind_triton(key: str) -> None:
     """Triton's kernels where the C++ extension, if it was imported, has registered none."""
-    for op, run in importlib.import_module("fasthyper.kernels").IMPLEMENTATIONS.items():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasthyper::_{op}", key):
-            ops.LIBRARY.impl(f"_{op}", _plain(_in_float32(run, getattr(reference, op))), key)
+    kernels = importlib.import_module("fasthyper.kernels")
+    for op, run in kernels.IMPLEMENTATIONS.items():
+        if not _has_kernel(op, key):
+            if op in kernels.FLOAT32_ONLY:
+                run = _in_float32(run, getattr(reference, op))
+            ops.LIBRARY.impl(f"_{op}", _plain(run), key)
 
 
 def _in_float32(run: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, but ``otherwise`` in float64, which tensor cores' kernels do not have and nobody trains in."""
+    """``run``, but ``otherwise`` in float64, which nobody trains in."""
 
     def pick(*args: Any) -> Any:
         flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))

@@ -97,12 +97,18 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:
-    """Adam or AdamW itself, on the CPU, without the options that the ops do not know."""
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
-        not any(group[option] for option in ("amsgrad", "maximize", "capturable", "differentiable"))
-        and all(p.is_cpu and p.is_contiguous() for p in group["params"])
-        for group in optimizer.param_groups
-    )
+    """Adam or AdamW itself, a group on one device, without the options that the ops do not know."""
+
+    def serves(group: dict[str, Any]) -> bool:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        unknown = ("amsgrad", "maximize", "differentiable", *(() if device.type == "cuda" else ("capturable",)))
+        return (
+            device.type in ("cpu", "cuda")
+            and not any(group[option] for option in unknown)
+            and all(p.device == device and p.is_contiguous() for p in group["params"])
+        )
+
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(map(serves, optimizer.param_groups))
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
@@ -133,12 +139,18 @@ def _changing(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _adam_lists(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
-    """Of a group's parameters that have a gradient: they, the gradients, moments and counts of steps, for the ops."""
+    """Of a group's parameters that have a gradient: they, the gradients, moments and counts of steps, for the ops.
+
+    Counts lie with the parameters, as torch has them where Adam is fused or capturable, and takes them anywhere.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     for p in params:
-        if not optimizer.state[p]:
-            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros(()), **zeros}
+        state = optimizer.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        if state["step"].device != p.device:
+            state["step"] = state["step"].to(p.device)
     states = [optimizer.state[p] for p in params]
     lists = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
     return params, [p.grad for p in params], *lists

@@ -556,13 +556,13 @@ def adam_ahead(
     """``param + adam_delta(param, ...)`` for many parameters, in one pass over all (DESIGN E4); no graph is recorded.
 
     Args:
-        params, grads: of any shapes, one dtype.
+        params, grads: of any shapes, one dtype, on one device.
         exp_avgs, exp_avg_sqs: moments before the step, shaped like the parameters.
-        steps: scalar tensors, number of steps taken before.
+        steps: scalar tensors, number of steps taken before; with the parameters, or on the CPU and outside CUDA graphs.
         lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
 
     Raises:
-        ValueError: lengths or shapes disagree.  TypeError: dtypes differ or are not float32 or float64.
+        ValueError: lengths, shapes or devices disagree.  TypeError: dtypes differ or are not float32 or float64.
     """
     _check_lists("adam_ahead", params, steps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     return _adam_ahead(params, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, decoupled)
@@ -588,14 +588,15 @@ def adam_step_(
     """Takes the step of Adam on ``grads + scale * more_grads`` in place, in one pass over all (DESIGN E4).
 
     Args:
-        params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype; updated.
+        params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype, on one device; updated.
         grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
-        steps: scalar tensors of float32 or float64, number of steps taken before; one more afterwards.
+        steps: as in ``adam_ahead``, of float32 or float64; one more afterwards.
         lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
-        healthy: bool ``[]`` on their device; where it is false nothing changes. It is read there, without a sync.
+        healthy: bool ``[]`` on their device; where it is false nothing changes. It is read there, without a sync, and so
+            needs ``steps`` there too.
 
     Raises:
-        ValueError: lengths or shapes disagree, or what is to be updated is not contiguous.
+        ValueError: lengths, shapes or devices disagree, or what is to be updated is not contiguous.
         TypeError: dtypes differ or are not float32 or float64.
     """
     more = {"more_grads": more_grads} if more_grads else {}
@@ -609,8 +610,11 @@ def adam_step_(
             raise TypeError(f"adam_step_: steps[{i}] is updated in place and must be float32 or float64, got {step.dtype}")
     if healthy is not None:
         _check_shape("adam_step_", "healthy", healthy, ())
-        if healthy.dtype != torch.bool or (params and healthy.device != params[0].device):
-            raise TypeError(f"adam_step_: healthy must be bool and on the parameters' device, got {healthy.dtype}")
+        if healthy.dtype != torch.bool:
+            raise TypeError(f"adam_step_: healthy must be bool, got {healthy.dtype}")
+        for name, tensor in [("params[0]", p) for p in params[:1]] + [(f"steps[{i}]", step) for i, step in enumerate(steps)]:
+            if tensor.device != healthy.device:
+                raise ValueError(f"adam_step_: {name} is on {tensor.device}, healthy on {healthy.device}; move one")
     settings = (lr, *betas, eps, weight_decay, decoupled)
     _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings, healthy)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
@@ -621,8 +625,8 @@ def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **l
         if len(tensors) != len(params):
             raise ValueError(f"{op}: {len(params)} params, but {len(tensors)} {name}")
     for i, param in enumerate(params):
-        like = param.shape, param.dtype, param.device
-        if all((t[i].shape, t[i].dtype, t[i].device) == like for t in lists.values()) and param.dtype == params[0].dtype:
+        like, first = (param.shape, param.dtype, param.device), (params[0].dtype, params[0].device)
+        if all((t[i].shape, t[i].dtype, t[i].device) == like for t in lists.values()) and like[1:] == first:
             continue  # what follows finds the words, which takes longer than a small step
         _check_dtypes(op, **{"params[0]": params[0], f"params[{i}]": param}, **{f"{k}[{i}]": t[i] for k, t in lists.items()})
         for name, tensors in lists.items():
@@ -630,6 +634,8 @@ def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **l
     for i, step in enumerate(steps):
         if step.dim():
             _check_shape(op, f"steps[{i}]", step, ())
+        if not step.is_cpu and step.device != params[0].device:
+            raise ValueError(f"{op}: steps[{i}] is on {step.device}, params[0] on {params[0].device}; move one")
     if params and params[0].dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: computes in float32 or float64, got {params[0].dtype}")
 

@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fasthyper.kernels.adam import adam_ahead, adam_delta_fwd, adam_step_
 from fasthyper.kernels.direct import target_drift_fwd
 from fasthyper.kernels.hyper_linear import hyper_linear_bwd, hyper_linear_fwd
 from fasthyper.kernels.hypernet_drift import hypernet_drift_fwd
 from fasthyper.kernels.output_drift import output_drift_fwd
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "adam_ahead": adam_ahead,
+    "adam_delta_fwd": adam_delta_fwd,
+    "adam_step_": adam_step_,
     "hyper_linear_bwd": hyper_linear_bwd,
     "hyper_linear_fwd": hyper_linear_fwd,
     "hypernet_drift_fwd": hypernet_drift_fwd,
     "output_drift_fwd": output_drift_fwd,
     "target_drift_fwd": target_drift_fwd,
 }
+FLOAT32_ONLY = ("hypernet_drift_fwd", "output_drift_fwd")

@@ -21,12 +21,16 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
 SETTINGS = {"l2": (0.1, 0.7, 0.95, 1e-2, 0.3, False), "decoupled": (0.1, 0.9, 0.999, 1e-8, 0.3, True)}
 
 
-def tensors(dtype=torch.float64, seed=0):
+def tensors(dtype=torch.float64, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in SIZES]
 
 
 def strided(tensors):
@@ -34,10 +38,10 @@ def strided(tensors):
     return [torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in tensors]
 
 
-def make(name, dtype=torch.float64):
+def make(name, dtype=torch.float64, device="cpu"):
     """An optimizer over two groups of parameters."""
     optimizer_class, options = OPTIMIZERS[name]
-    params = [t.requires_grad_() for t in tensors(dtype)]
+    params = [t.requires_grad_() for t in tensors(dtype, device=device)]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
     return params, optimizer_class(groups, lr=0.05, **options)
 
@@ -47,11 +51,12 @@ def assert_close(found, wanted, tolerance):
         assert have.shape == want.shape and oracle.relative_error(have.detach(), want.detach()) <= tolerance
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_looks_ahead_and_steps_as_torch_does(name):
-    (params, optimizer), (wanted, theirs) = make(name), make(name)
+def test_looks_ahead_and_steps_as_torch_does(name, device):
+    (params, optimizer), (wanted, theirs) = make(name, device=device), make(name, device=device)
     for step in range(25):
-        grads, more = tensors(seed=2 * step + 1), tensors(seed=2 * step + 2)
+        grads, more = (tensors(seed=2 * step + i, device=device) for i in (1, 2))
         for p, q, grad in zip(params, wanted, strided(grads), strict=True):
             p.grad, q.grad = grad, grad.clone()
         rehearsal = copy.deepcopy(theirs)
@@ -75,15 +80,18 @@ def test_looks_ahead_and_steps_as_torch_does(name):
         for key, value in entries.items():
             if value is not None:
                 assert state[i][key].dtype == value.dtype
-                assert_close([state[i][key]], [value], 1e-12)
+                assert_close([state[i][key].to(device)], [value.to(device)], 1e-12)
 
 
-def test_torch_goes_on_from_the_state_that_is_left(dtype):
-    (params, optimizer), (wanted, theirs) = make("adamw", dtype), make("adamw", dtype)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused"])
+@pytest.mark.parametrize("first", [0, 1], ids=["after-torch", "before-torch"])
+def test_torch_goes_on_from_the_state_that_is_left(name, first, dtype, device):
+    (params, optimizer), (wanted, theirs) = make(name, dtype, device), make(name, dtype, device)
     for step in range(6):
-        for p, q, grad in zip(params, wanted, tensors(dtype, step), strict=True):
+        for p, q, grad in zip(params, wanted, tensors(dtype, step, device), strict=True):
             p.grad, q.grad = grad, grad.clone()
-        take_step(optimizer) if step % 2 else optimizer.step()
+        take_step(optimizer) if (step + first) % 2 else optimizer.step()
         theirs.step()
     assert_close(params, wanted, TOL["adam_delta", dtype])
 
@@ -114,10 +122,10 @@ def test_a_step_is_seen_by_graphs_made_before():
         loss.backward()
 
 
-def arguments(dtype=torch.float64):
-    params, grads, more, exp_avgs = (tensors(dtype, seed) for seed in range(4))
-    exp_avg_sqs, steps = [t.square() for t in tensors(dtype, 4)], [torch.tensor(float(i)) for i in range(len(SIZES))]
-    return params, grads, more, exp_avgs, exp_avg_sqs, steps
+def arguments(dtype=torch.float64, device="cpu"):
+    params, grads, more, exp_avgs = (tensors(dtype, seed, device) for seed in range(4))
+    exp_avg_sqs = [t.square() for t in tensors(dtype, 4, device)]
+    return params, grads, more, exp_avgs, exp_avg_sqs, [torch.tensor(float(i), device=device) for i in range(len(SIZES))]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -134,6 +142,78 @@ def test_adam_ops_are_the_delta_applied(implementation, settings, with_more, dty
     assert [step.item() for step in state[2]] == [count + 1 for count in counts]
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("healthy", [True, False])
+def test_adam_step_changes_nothing_where_it_is_not_healthy(implementation, settings, healthy, dtype):
+    params, grads, more, *state = arguments(dtype)
+    if not healthy:
+        grads[0][0] = torch.nan
+    wanted = copy.deepcopy((params, *state))
+    if healthy:
+        implementation.adam_step_(wanted[0], grads, more, SCALE, *wanted[1:], *settings)
+    implementation.adam_step_(params, grads, more, SCALE, *state, *settings, torch.tensor(healthy))
+    for have, want in zip((params, *state), wanted, strict=True):
+        assert all(torch.equal(t, w) for t, w in zip(have, want, strict=True))
+
+
+def test_adam_ops_take_many_parameters(implementation, dtype):
+    generator = torch.Generator().manual_seed(0)
+    params, grads, exp_avgs, exp_avg_sqs = (
+        [torch.rand(i % 7, generator=generator, dtype=torch.float64).to(dtype) for i in range(100)] for _ in range(4)
+    )
+    steps = [torch.tensor(float(i)) for i in range(100)]
+    wanted = [
+        p + implementation.adam_delta_fwd(p, *t, *SETTINGS["l2"])
+        for p, *t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ]
+    state = exp_avgs, exp_avg_sqs, steps
+    assert_close(implementation.adam_ahead(params, grads, *state, *SETTINGS["l2"]), wanted, TOL["adam_delta", dtype])
+    implementation.adam_step_(params, grads, [], 1.0, *state, *SETTINGS["l2"])
+    assert_close(params, wanted, TOL["adam_delta", dtype])
+    assert [step.item() for step in steps] == [i + 1 for i in range(100)]
+
+
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_adam_ops_repeat_in_a_graph(dtype, device):
+    found, wanted, healthy = arguments(dtype, device), arguments(dtype, device), torch.tensor(True, device=device)
+
+    def run(params, grads, more, *state):
+        ahead = torch.ops.fasthyper._adam_ahead(params, grads, *state, *SETTINGS["l2"])
+        torch.ops.fasthyper._adam_step_(params, grads, more, SCALE, *state, *SETTINGS["l2"], healthy)
+        return ahead
+
+    run(*arguments(dtype, device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ahead = run(*found)
+    for is_healthy in (True, True, False, True):
+        healthy.fill_(is_healthy)
+        graph.replay()
+        assert all(map(torch.equal, ahead, run(*wanted)))
+        assert all(
+            torch.equal(t, w) for have, want in zip(found, wanted, strict=True) for t, w in zip(have, want, strict=True)
+        )
+
+
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_adam_ops_take_counts_on_the_cpu_outside_graphs(dtype, device):
+    (*found, steps), wanted = arguments(dtype, device), arguments(dtype, device)
+    found.append([step.cpu() for step in steps])
+
+    def run(params, grads, more, *state):
+        ahead = torch.ops.fasthyper._adam_ahead(params, grads, *state, *SETTINGS["l2"])
+        torch.ops.fasthyper._adam_step_(params, grads, more, SCALE, *state, *SETTINGS["l2"])
+        return ahead
+
+    assert all(map(torch.equal, run(*found), run(*wanted)))
+    for have, want in zip(found, wanted, strict=True):
+        assert all(torch.equal(t.cpu(), w.cpu()) for t, w in zip(have, want, strict=True))
+    with pytest.raises(RuntimeError, match="CUDA graph needs steps"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.ops.fasthyper._adam_ahead(found[0], found[1], *found[3:], *SETTINGS["l2"])
+    with pytest.raises(ValueError, match=r"steps\[0\] is on cpu, healthy on cuda"):
+        ops.adam_step_(*found[:3], 1.0, *found[3:], lr=0.1, healthy=torch.tensor(True, device=device))
+
+
 def test_adam_ops_take_no_parameters_at_all(implementation):
     assert implementation.adam_ahead([], [], [], [], [], *SETTINGS["l2"]) == []
     implementation.adam_step_([], [], [], 1.0, [], [], [], *SETTINGS["l2"])
@@ -142,8 +222,8 @@ def test_adam_ops_take_no_parameters_at_all(implementation):
 def test_adam_ops_opcheck(dtype):
     params, grads, more, *state = arguments(dtype)
     torch.library.opcheck(torch.ops.fasthyper._adam_ahead.default, (params, grads, *state, *SETTINGS["l2"]))
-    for more_or_none in (more, []):
-        inputs = (params, grads, more_or_none, SCALE, *state, *SETTINGS["decoupled"])
+    for more_or_none, *healthy in ((more,), ([],), (more, torch.tensor(True))):
+        inputs = (params, grads, more_or_none, SCALE, *state, *SETTINGS["decoupled"], *healthy)
         torch.library.opcheck(torch.ops.fasthyper._adam_step_.default, inputs)
 
 
@@ -173,5 +253,13 @@ def test_adam_ops_name_what_is_wrong():
         ops.adam_ahead([params[0].bfloat16()], [grads[0].bfloat16()], *([t[0].bfloat16()] for t in state), lr=0.1)
     with pytest.raises(ValueError, match=r"steps\[0\] must have shape \[\], got \[1\]"):
         ops.adam_ahead(params, grads, *state[:2], [state[2][0][None], *state[2][1:]], lr=0.1)
+    with pytest.raises(ValueError, match=r"adam_ahead: steps\[1\] is on meta, params\[0\] on cpu; move one"):
+        ops.adam_ahead(params, grads, *state[:2], [state[2][0], *(step.to("meta") for step in state[2][1:])], lr=0.1)
+    with pytest.raises(TypeError, match=r"adam_step_: healthy must be bool, got torch.float32"):
+        ops.adam_step_(params, grads, more, 1.0, *state, lr=0.1, healthy=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"adam_step_: healthy must have shape \[\], got \[1\]"):
+        ops.adam_step_(params, grads, more, 1.0, *state, lr=0.1, healthy=torch.tensor([True]))
+    with pytest.raises(ValueError, match=r"adam_step_: params\[0\] is on cpu, healthy on meta; move one"):
+        ops.adam_step_(params, grads, more, 1.0, *state, lr=0.1, healthy=torch.tensor(True, device="meta"))
     with pytest.raises(ValueError, match=r"params\[0\] is updated in place and must be contiguous"):
         ops.adam_step_(strided(params), grads, more, 1.0, *state, lr=0.1)

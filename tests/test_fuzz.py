@@ -72,7 +72,7 @@ def lay(draw: Draw, clean: Tensor, dtype: torch.dtype, contiguous: bool = False)
         order = draw(st.permutations(range(held.dim()))) if kind == "strided" else range(held.dim())
         steps = [draw(st.integers(1, 3)) if kind == "strided" else 1 for _ in order]
         sizes = [held.shape[dim] * step for dim, step in zip(order, steps, strict=True)]
-        canary = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        canary = math.nan if dtype.is_floating_point else dtype == torch.bool or torch.iinfo(dtype).min
         start, length = GUARD + draw(st.integers(0, 17)), math.prod(sizes)
         buffer = torch.full((start + length + GUARD,), canary, dtype=dtype)
         view = buffer[start : start + length].view(sizes)[tuple(slice(None, None, step) for step in steps)]
@@ -338,6 +338,8 @@ def adam_step_(draw: Draw) -> Call:
         more = {f"more_{name}": values(draw, *t.shape).abs() for name, t in tensors.items() if stem(name) == "grads"}
         tensors |= more
     scale = draw(st.sampled_from([0.0, 0.125, 1.0]))
+    if draw(st.booleans()):
+        tensors["healthy"] = torch.tensor(draw(st.booleans()))
 
     def run(t):
         ops.adam_step_(**lists(t, *ADAM_LISTS, "more_grads"), scale=scale, **settings)

@@ -129,9 +129,9 @@ def test_arrows_form_no_circle():
 
 def test_kernels_use_the_stable_abi_only():
     for path in (ROOT / "csrc").rglob("*"):
-        if path.suffix in (".cpp", ".h"):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
             for line in path.read_text().splitlines():
-                if line.startswith("#include <torch/") or line.startswith("#include <ATen"):
+                if line.startswith(("#include <torch/", "#include <ATen", "#include <c10")):
                     assert line.startswith(("#include <torch/csrc/stable/", "#include <torch/headeronly/")) or (
                         line == "#include <torch/csrc/inductor/aoti_torch/c/shim.h>"
                     ), f"{path}: {line}"

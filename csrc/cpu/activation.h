@@ -15,7 +15,7 @@ enum class Activation : int64_t { kRelu = 0, kElu = 1, kTanh = 2, kSigmoid = 3, 
 // out = op(in) for an aten function of one tensor; both dense
 inline void unary_out(const char* op, const Tensor& in, const Tensor& out) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(in), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -1,4 +1,6 @@
 // Adam and AdamW in one pass over each list of tensors (DESIGN E4): the step, parameters after it, and the step taken.
+#include "../adam.h"
+
 #include <cmath>
 #include <optional>
 
@@ -9,32 +11,9 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread does not pay
 
-// What all elements of a tensor share
-template <typename scalar_t>
-struct Rule {
-  Rule(double step_before, double lr, double b1, double b2, double epsilon, double weight_decay, bool decoupled)
-      : l2(decoupled ? 0 : weight_decay),
-        decay(decoupled ? lr * weight_decay : 0),
-        beta1(b1),
-        beta2(b2),
-        rest1(1 - b1),
-        rest2(1 - b2),
-        step_size(lr / (1 - std::pow(b1, step_before + 1))),
-        root_scale(1 / std::sqrt(1 - std::pow(b2, step_before + 1))),
-        eps(epsilon) {}
-
-  scalar_t first(scalar_t m, scalar_t g) const { return beta1 * m + rest1 * g; }
-  scalar_t second(scalar_t v, scalar_t g) const { return beta2 * v + rest2 * g * g; }
-  scalar_t change(scalar_t p, scalar_t m, scalar_t v) const {
-    return -step_size * m / (std::sqrt(v) * root_scale + eps) - decay * p;
-  }
-
-  scalar_t l2, decay, beta1, beta2, rest1, rest2, step_size, root_scale, eps;
-};
-
 // out = (whole: param +) the step; param is read where it matters
 template <typename scalar_t, bool whole, bool decays>
-FASTHYPER_VECTOR_CLONES void ahead_range(int64_t length, const Rule<scalar_t> rule, const scalar_t* __restrict__ param,
+FASTHYPER_VECTOR_CLONES void ahead_range(int64_t length, const AdamRule<scalar_t> rule, const scalar_t* __restrict__ param,
                                          const scalar_t* __restrict__ grad, const scalar_t* __restrict__ exp_avg,
                                          const scalar_t* __restrict__ exp_avg_sq, scalar_t* __restrict__ out) {
   for (int64_t i = 0; i < length; ++i) {
@@ -44,7 +23,7 @@ FASTHYPER_VECTOR_CLONES void ahead_range(int64_t length, const Rule<scalar_t> ru
 }
 
 template <typename scalar_t, bool more, bool decays>
-FASTHYPER_VECTOR_CLONES void step_range(int64_t length, const Rule<scalar_t> rule, scalar_t scale,
+FASTHYPER_VECTOR_CLONES void step_range(int64_t length, const AdamRule<scalar_t> rule, scalar_t scale,
                                         const scalar_t* __restrict__ grad, const scalar_t* __restrict__ more_grad,
                                         scalar_t* __restrict__ param, scalar_t* __restrict__ exp_avg,
                                         scalar_t* __restrict__ exp_avg_sq) {
@@ -69,34 +48,19 @@ void for_shares(const std::vector<Tensor>& tensors, const Body& body) {
   });
 }
 
-double number(const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float) return *const_data<float>(t);
-  return *const_data<double>(torch::stable::to(t, ScalarType::Double));
-}
-
-template <typename scalar_t, typename... Settings>
-std::vector<Rule<scalar_t>> rules(const std::vector<Tensor>& steps, Settings... settings) {
-  std::vector<Rule<scalar_t>> out;
-  for (const Tensor& step : steps) out.emplace_back(number(step), settings...);
+template <typename scalar_t>
+std::vector<AdamRule<scalar_t>> rules(const std::vector<Tensor>& steps, const AdamSettings& settings) {
+  std::vector<AdamRule<scalar_t>> out;
+  for (const Tensor& step : steps) {
+    const double after = host_number(step) + 1;
+    out.emplace_back(settings, 1 - std::pow(settings.beta1, after), 1 - std::pow(settings.beta2, after));
+  }
   return out;
-}
-
-void make_contiguous(std::vector<Tensor>& tensors) {
-  for (Tensor& t : tensors) t = torch::stable::contiguous(t);
-}
-
-// Pointers are taken from these without a look at what they point to
-void check_like(const std::vector<Tensor>& params, const std::vector<Tensor>& others, const char* name) {
-  STD_TORCH_CHECK(others.size() == params.size(), "adam: ", params.size(), " params, but ", others.size(), " ", name);
-  for (size_t i = 0; i < params.size(); ++i)
-    STD_TORCH_CHECK(others[i].numel() == params[i].numel() && others[i].scalar_type() == params[0].scalar_type(),
-                    "adam: ", name, "[", i, "] differs from params[", i, "] in size or type");
 }
 
 template <bool whole>
 std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                          std::vector<Tensor> exp_avg_sqs, const std::vector<Tensor>& steps, double lr, double beta1,
-                          double beta2, double eps, double weight_decay, bool decoupled) {
+                          std::vector<Tensor> exp_avg_sqs, const std::vector<Tensor>& steps, const AdamSettings& settings) {
   NoGrad no_grad;
   std::vector<Tensor> outs;
   if (params.empty()) return outs;
@@ -104,15 +68,16 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
   check_like(params, grads, "grads");
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
-  STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
-  if (whole || weight_decay != 0) make_contiguous(params);
+  check_steps(params, steps);
+  if (whole || settings.weight_decay != 0) make_contiguous(params);
   for (std::vector<Tensor>* list : {&grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
   for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
+    const auto rule = rules<scalar_t>(steps, settings);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
-      const auto range = weight_decay != 0 ? ahead_range<scalar_t, whole, true> : ahead_range<scalar_t, whole, false>;
+      const auto range =
+          settings.weight_decay != 0 ? ahead_range<scalar_t, whole, true> : ahead_range<scalar_t, whole, false>;
       range(hi - lo, rule[i], const_data<scalar_t>(params[i]) + lo, const_data<scalar_t>(grads[i]) + lo,
             const_data<scalar_t>(exp_avgs[i]) + lo, const_data<scalar_t>(exp_avg_sqs[i]) + lo, data<scalar_t>(outs[i]) + lo);
     });
@@ -123,12 +88,12 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
 std::vector<Tensor> adam_ahead_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
                                    double beta2, double eps, double weight_decay, bool decoupled) {
-  return ahead<true>(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled);
+  return ahead<true>(params, grads, exp_avgs, exp_avg_sqs, steps, {lr, beta1, beta2, eps, weight_decay, decoupled});
 }
 
 Tensor adam_delta_fwd_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, double lr, double beta1,
                           double beta2, double eps, double weight_decay, bool decoupled) {
-  return ahead<false>({param}, {grad}, {exp_avg}, {exp_avg_sq}, {step}, lr, beta1, beta2, eps, weight_decay, decoupled)[0];
+  return ahead<false>({param}, {grad}, {exp_avg}, {exp_avg_sq}, {step}, {lr, beta1, beta2, eps, weight_decay, decoupled})[0];
 }
 
 void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> more_grads, double scale,
@@ -143,14 +108,14 @@ void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   if (more) check_like(params, more_grads, "more_grads");
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
-  STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
-  for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs})
-    for (const Tensor& t : *list) STD_TORCH_CHECK(t.is_contiguous(), "adam: what is updated in place must be contiguous");
+  check_steps(params, steps);
+  for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs}) check_in_place(*list);
   make_contiguous(grads);
   make_contiguous(more_grads);
+  const AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled};
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto rule = rules<scalar_t>(steps, lr, beta1, beta2, eps, weight_decay, decoupled);
+    const auto rule = rules<scalar_t>(steps, settings);
     for_shares(params, [&](size_t i, int64_t lo, int64_t hi) {
       const auto step = weight_decay != 0 ? (more ? step_range<scalar_t, true, true> : step_range<scalar_t, false, true>)
                                           : (more ? step_range<scalar_t, true, false> : step_range<scalar_t, false, false>);

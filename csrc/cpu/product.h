@@ -61,8 +61,8 @@ Tensor as_tensor(Matrix<T> m) {
   const int64_t sizes[2] = {m.num_rows, m.num_cols}, strides[2] = {m.row_stride, m.col_stride};
   const int32_t dtype = std::is_same_v<scalar_t, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<scalar_t*>(m.data), 2, sizes, strides, 0,
-                                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<scalar_t*>(m.data), 2, sizes, strides, 0, dtype,
+                                                            aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
