@@ -38,12 +38,16 @@ __device__ Activated<T> activate(Activation activation, T a0, T da) {
     const T now = (1 + std::tanh((a0 + da) / 2)) / 2;
     return {a0 * gate.x0, da * now + a0 * gate.dx, now + (a0 + da) * gate.slope};
   }
-  // of what lies above 0: for a0 > 0 it is max(da, -a0), else max(a0 + da, 0)
-  const T above = larger(a0, T(0)), below = a0 < 0 ? a0 : T(0), d_above = larger(da + below, -above);
+  // elu(a) = max(a, 0) + expm1(min(a, 0)), drift by drift. So far below 0 elu is -1: there a starts no lower.
+  const bool is_elu = activation == Activation::kElu;
+  const T lowest = sizeof(T) == 4 ? -80 : -700, a = is_elu ? larger(a0, lowest) : a0, d = is_elu ? da + (a0 - a) : da;
+  const T above = larger(a, T(0)), below = a < 0 ? a : T(0);
+  const T d_above = larger(d + below, -above);  // for a > 0 it is max(d, -a), else max(a + d, 0)
   const bool is_above = d_above > -above;
-  if (activation == Activation::kRelu) return {above, d_above, T(is_above)};
-  const T exp0 = std::exp(below), d_below = exp0 * std::expm1(da - d_above);
-  return {above + std::expm1(below), d_above + d_below, is_above ? T(1) : exp0 + d_below};
+  if (!is_elu) return {above, d_above, T(is_above)};
+  const T d_rest = d - d_above, d_below = d_rest > -below ? -below : d_rest;  // rounding may not carry it above 0
+  const T exp0 = std::exp(below), drift = exp0 * std::expm1(d_below);
+  return {above + std::expm1(below), d_above + drift, is_above ? T(1) : exp0 + drift};
 }
 
 }  // namespace fasthyper
