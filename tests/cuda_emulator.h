@@ -1,6 +1,6 @@
-// Runs CUDA kernels on a CPU, for tests: the names of csrc/cuda/portable.cuh. The threads of a block are coroutines that take
-// turns at each barrier; the order of turns can be reversed, which a missing barrier may not survive. Shared memory begins as
-// NaN, and wide accesses must be aligned.
+// Runs CUDA kernels on a CPU, for tests: the names of csrc/cuda/portable.cuh. The threads of a block are coroutines that
+// take turns at each barrier; the order of turns can be reversed, which a missing barrier may not survive. Shared memory
+// begins as NaN, and wide accesses must be aligned.
 #pragma once
 
 #include <ucontext.h>
@@ -23,7 +23,7 @@
 #define FASTHYPER_LIBRARY fasthyper_emulated
 #define FASTHYPER_KEY CPU
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 
 struct Index {
   unsigned x;
@@ -104,25 +104,26 @@ class Device {
   int shared_memory_of_block() const { return emulator::shared_memory; }
   int shared_memory_of_processor() const { return emulator::shared_memory + 1024; }
 
-  template <typename... Params, typename... Args>
-  void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, const Args&... args) const {
+  template <typename Params>
+  void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, const Params& params) const {
     if (threads > 1024 || blocks < 1 || shared_bytes > static_cast<size_t>(emulator::shared_memory))
       emulator::fail("a launch beyond the limits");
     blockDim.x = static_cast<unsigned>(threads);
     if (emulator::coroutines.size() < blockDim.x) emulator::coroutines.resize(blockDim.x);
-    emulator::body = [&] { kernel(args...); };
+    emulator::body = [&] { kernel(params); };
     for (int64_t block = 0; block < blocks; ++block) {
       blockIdx.x = static_cast<unsigned>(block);
-      emulator::memory.assign((shared_bytes + 7) / 8, ~uint64_t(0));
+      emulator::memory = std::vector<uint64_t>((shared_bytes + 7) / 8, ~uint64_t(0));
       emulator::run_block(blockDim.x);
     }
   }
 };
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu
 
-extern "C" inline __attribute__((visibility("default"), used)) void emulate(int num_processors, int shared_memory, bool is_reversed) {
-  fasthyper::emulator::num_processors = num_processors;
-  fasthyper::emulator::shared_memory = shared_memory;
-  fasthyper::emulator::is_reversed = is_reversed;
+extern "C" inline __attribute__((visibility("default"), used)) void emulate(int num_processors, int shared_memory,
+                                                                            bool is_reversed) {
+  fasthyper::gpu::emulator::num_processors = num_processors;
+  fasthyper::gpu::emulator::shared_memory = shared_memory;
+  fasthyper::gpu::emulator::is_reversed = is_reversed;
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the drift behind a small trunk, compiled for the CPU: threads of a block take turns at each barrier."""
+"""The CUDA kernels of the drift behind a small trunk, compiled for the CPU, where threads take turns at barriers."""
 
 import ctypes
 import pathlib

@@ -6,7 +6,7 @@
 
 #include "portable.cuh"
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 
 enum class Activation : int { kRelu = 0, kElu = 1, kTanh = 2, kSigmoid = 3, kSilu = 4 };
 
@@ -50,4 +50,4 @@ __device__ Activated<T> activate(Activation activation, T a0, T da) {
   return {above + std::expm1(below), d_above + drift, is_above ? T(1) : exp0 + drift};
 }
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu

@@ -1,5 +1,5 @@
-// The drift from the parameters on a GPU, for trunks whose weights fit the shared memory of a block (DESIGN E2, E5): reads the
-// plan, decides where things lie and how work is shared, and launches. The kernels are in small_drift.cuh.
+// The drift from the parameters on a GPU, for trunks whose weights fit the shared memory of a block (DESIGN E2, E5): reads
+// the plan, decides where things lie and how work is shared, and launches. The kernels are in small_drift.cuh.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,16 +12,16 @@
 
 #include "small_drift.cuh"
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kColumnBlocks = 2;      // per processor
-constexpr int kRowBlocks = 4;         // per processor, at most
-constexpr int kFewestColumns = 32;    // of a block
-constexpr int kFewestRows = 8;        // of a block
+constexpr int kColumnBlocks = 2;    // per processor
+constexpr int kRowBlocks = 4;       // per processor, at most
+constexpr int kFewestColumns = 32;  // of a block
+constexpr int kFewestRows = 8;      // of a block
 constexpr int kRowTiles[] = {32, 16, 8};
 constexpr int kTasksOfSlice = 32, kMostSlices = 64;
 
@@ -93,7 +93,7 @@ int64_t last_tile_elements(const Problem<T>& p, int columns) {
 }
 
 // Sets where things lie in the shared memory of rows_kernel, with the most rows that fit; false if none do. Sums of a block
-// lie there, too, if that leaves room for a second block of the processor.
+// lie there, too, if that takes no room from a second block of the processor.
 template <typename T>
 bool lay_out(Problem<T>& p, const Device& device) {
   const int gram_size = gram_tiles(p.full) * kSide * kSide;
@@ -102,7 +102,7 @@ bool lay_out(Problem<T>& p, const Device& device) {
     p.layers[l].sums = p.layer_sums;
     p.layer_sums += padded(p.layers[l].width) * (padded(p.layers[l - 1].width) + 1);
   }
-  const auto fits = [&](int row_tile, bool sums_are_shared) {
+  const auto lay = [&](int row_tile, bool sums_are_shared) {
     p.row_tile = row_tile;
     p.sums_are_shared = sums_are_shared;
     int64_t size = sums_are_shared ? gram_size * int64_t(sizeof(double) / sizeof(T)) : 0;
@@ -129,21 +129,26 @@ bool lay_out(Problem<T>& p, const Device& device) {
     p.row_place = take(2 * row_tile);
     p.tile_table = take(2 * gram_tiles(p.full) / sizeof(T) + 1);
     p.memory_size = static_cast<int>(size);
-    return size * int64_t(sizeof(T)) <= device.shared_memory_of_block() / (sums_are_shared ? 2 : 1);
+    return size * int64_t(sizeof(T));
   };
   p.last_tile = kColumns;
-  while (p.last_tile > kFewestColumns / 4 && last_tile_elements(p, p.last_tile) * int64_t(sizeof(T)) > device.shared_memory_of_block())
+  while (p.last_tile > kFewestColumns / 4 &&
+         last_tile_elements(p, p.last_tile) * int64_t(sizeof(T)) > device.shared_memory_of_block())
     p.last_tile /= 2;
   if (last_tile_elements(p, p.last_tile) * int64_t(sizeof(T)) > device.shared_memory_of_block()) return false;
-  for (const bool sums_are_shared : {true, false})
-    for (const int row_tile : kRowTiles)
-      if (fits(row_tile, sums_are_shared)) return true;
+  const int64_t limit = device.shared_memory_of_block();
+  for (const int row_tile : kRowTiles) {
+    const int64_t size = lay(row_tile, false), size_with_sums = lay(row_tile, true);
+    if (size_with_sums <= (size <= limit / 2 ? limit / 2 : limit)) return true;
+    if (lay(row_tile, false) <= limit) return true;
+  }
   return false;
 }
 
 // What depends on shapes and the plan alone; false if they do not fit
 template <typename T>
-bool set_shapes(Problem<T>& p, const std::vector<Tensor>& theta, const Tensor& plan, int64_t num_tasks, const Device& device) {
+bool set_shapes(Problem<T>& p, const std::vector<Tensor>& theta, const Tensor& plan, int64_t num_tasks,
+                const Device& device) {
   constexpr int64_t kMost = int64_t(1) << 30;
   const int64_t num_layers = (static_cast<int64_t>(theta.size()) - 2) / 2, num_chunks = theta[0].size(0);
   const int64_t chunk_size = theta.back().size(0);
@@ -210,7 +215,7 @@ void run(Problem<T>& p, const Device& device, const Tensor& like) {
   p.piece_tiles = static_cast<int>(div_up(grams, p.gram_pieces));
   p.column_shares = std::clamp(kColumnThreads / p.piece_tiles, 1, 8);
   const int column_threads = round_up(p.piece_tiles * p.column_shares, 32);
-  const size_t sums_bytes = p.column_shares > 1 ? p.piece_tiles * kSide * kSide * sizeof(double) : 0;
+  const size_t sums_bytes = p.piece_tiles * kSide * kSide * sizeof(double);
   const size_t column_bytes = std::max(sums_bytes, kColumns * padded(p.full) * sizeof(T));
   p.columns.num_blocks = blocks(num_columns, kFewestColumns, kColumnBlocks * processors);
   p.first_blocks = static_cast<int>(div_up((int64_t(p.num_tasks) + p.num_chunks) * width, column_threads));
@@ -225,8 +230,8 @@ void run(Problem<T>& p, const Device& device, const Tensor& like) {
   p.tasks_of_slice = static_cast<int>(std::max<int64_t>(kTasksOfSlice, div_up(p.num_tasks, kMostSlices)));
   p.num_slices = static_cast<int>(div_up(p.num_tasks, p.tasks_of_slice));
   const int64_t gram_chunks = div_up(gram_size, kSumLanes);
-  const int64_t sum_blocks = p.rows.num_parts * gram_chunks + div_up(p.layer_sums, kSumLanes) + p.num_tasks +
-                             int64_t(p.num_slices) * p.num_chunks;
+  const int64_t sum_blocks =
+      p.rows.num_parts * gram_chunks + div_up(p.layer_sums, kSumLanes) + p.num_tasks + int64_t(p.num_slices) * p.num_chunks;
 
   p.last_columns = p.columns;
   p.last_columns.num_blocks = blocks(num_columns, kFewestColumns, kColumnBlocks * processors);
@@ -299,20 +304,21 @@ bool with_problem(const Tensor& like, const F& f) {
   return f(p);
 }
 
-// Whether small_hypernet_drift_fwd takes these shapes and this plan. True where: float32 or float64; 1 to 8 layers of widths 1
-// to 128, whose weights but the first layer's, twice, fit the shared memory of a block beside 8 rows; every rectangle in Gram
-// form and over all tasks; chunks, and columns, cut in at most 16 parts where rectangles begin or end; T N and S at most 2^30.
+// Whether small_hypernet_drift_fwd takes these shapes and this plan. True where: float32 or float64; 1 to 8 layers of widths
+// 1 to 128, whose weights but the first layer's, twice, fit the shared memory of a block beside 8 rows; every rectangle in
+// Gram form and over all tasks; chunks, and columns, cut in at most 16 parts where rectangles begin or end; T N and S at
+// most 2^30.
 bool small_hypernet_drift_fits(std::vector<Tensor> theta, Tensor plan, int64_t num_tasks) {
   plan = torch::stable::contiguous(plan);
   const Device device(theta[0].get_device_index());
   return with_problem(theta[0], [&](auto& p) { return set_shapes(p, theta, plan, num_tasks, device); });
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::vector<Tensor> theta, std::vector<Tensor> theta0,
-                                                                         Tensor embeddings, Tensor embeddings0,
-                                                                         std::vector<Tensor> pre0, Tensor /*gram0*/,
-                                                                         Tensor weight, Tensor plan, int64_t activation,
-                                                                         int64_t /*precision*/) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::vector<Tensor> theta,
+                                                                         std::vector<Tensor> theta0, Tensor embeddings,
+                                                                         Tensor embeddings0, std::vector<Tensor> pre0,
+                                                                         Tensor /*gram0*/, Tensor weight, Tensor plan,
+                                                                         int64_t activation, int64_t /*precision*/) {
   for (std::vector<Tensor>* list : {&theta, &theta0, &pre0})
     for (Tensor& t : *list) t = torch::stable::contiguous(t);
   for (Tensor* t : {&embeddings, &embeddings0, &weight, &plan}) *t = torch::stable::contiguous(*t);
@@ -320,8 +326,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::ve
   const int64_t num_tasks = embeddings.size(0);
   check_plan(plan, num_tasks, theta[0].size(0), theta.back().size(0));
   const Device device(embeddings.get_device_index());
-  const auto make = num_tasks == 0 ? [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
-                                   : [](const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); };
+  const auto make = [&](const Tensor& like) {
+    return num_tasks == 0 ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
+  };
   const Tensor grad_embeddings = make(embeddings);
   std::vector<Tensor> grad_theta;
   for (const Tensor& t : theta) grad_theta.push_back(make(t));
@@ -329,8 +336,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::ve
   const bool fits = with_problem(embeddings, [&](auto& p) {
     if (!set_shapes(p, theta, plan, num_tasks, device)) return false;
     p.activation = static_cast<Activation>(activation);
-    value = num_tasks == 0 ? torch::stable::new_zeros(embeddings, {})
-                           : call(p, device, theta, theta0, embeddings, embeddings0, pre0, weight, grad_embeddings, grad_theta);
+    value = num_tasks == 0
+                ? torch::stable::new_zeros(embeddings, {})
+                : call(p, device, theta, theta0, embeddings, embeddings0, pre0, weight, grad_embeddings, grad_theta);
     return true;
   });
   STD_TORCH_CHECK(fits, "small_hypernet_drift: shapes, types or plan do not fit; _small_hypernet_drift_fits tells");
@@ -351,4 +359,4 @@ STABLE_TORCH_LIBRARY_IMPL(FASTHYPER_LIBRARY, FASTHYPER_KEY, m) {
   m.impl("_small_hypernet_drift_fwd", TORCH_BOX(&small_hypernet_drift_fwd));
 }
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu

@@ -7,7 +7,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +15,7 @@
 #define FASTHYPER_LIBRARY fasthyper
 #define FASTHYPER_KEY CUDA
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 
 template <typename T>
 __device__ T* shared_memory() {
@@ -49,27 +49,28 @@ class Device {
   int shared_memory_of_block() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int shared_memory_of_processor() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 
-  template <typename... Params, typename... Args>
-  void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, const Args&... args) const {
+  template <typename Params>
+  void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, const Params& params) const {
+    const void* entry = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > (48 << 10))
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    void* stream = nullptr;
+      check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    void *stream = nullptr, *all[] = {const_cast<Params*>(&params)};
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), all,
+                           shared_bytes, static_cast<cudaStream_t>(stream)));
   }
 
  private:
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index_));
+    check(cudaDeviceGetAttribute(&value, which, index_));
     return value;
   }
+  static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 
   torch::stable::accelerator::DeviceGuard guard_;
   int32_t index_;
 };
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu
 #endif

@@ -4,7 +4,7 @@
 
 #include "portable.cuh"
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 
 constexpr int kSide = 4;
 
@@ -20,7 +20,8 @@ using Block = T[kSide][kSide];
 
 // sum += a' b over rows that lie ``a_stride`` and ``b_stride`` apart, from, to, step
 template <typename T>
-__device__ void multiply_tall(const T* a, int a_stride, const T* b, int b_stride, int from, int to, int step, Block<T>& sum) {
+__device__ void multiply_tall(const T* a, int a_stride, const T* b, int b_stride, int from, int to, int step,
+                              Block<T>& sum) {
 #pragma unroll 2
   for (int k = from; k < to; k += step) {
     T u[kSide], v[kSide];
@@ -131,4 +132,4 @@ __device__ T gram_at(const T* gram, int side, int i, int j) {
   return gram[(i % kSide * kSide + j % kSide) * (side * (side + 1) / 2) + tile];
 }
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu

@@ -8,14 +8,15 @@
 //   finish_kernel   d/dV = 2 Y (X'W [H | 1]), the value, and what is left of the first layer's gradients
 //
 // Chunks and columns are cut where a rectangle of the plan begins or ends: every group of chunks is met by whole segments of
-// columns. Every block takes rows (columns) that follow each other, and leaves its sums in a slot of its own; slots are added
-// in a fixed order, so that a call repeats bit for bit. Sums that the value is made of are float64 beyond some tens of rows.
+// columns. Every block takes rows (columns) that follow each other, and leaves its sums in a slot of its own; slots are
+// added in a fixed order, so that a call repeats bit for bit. Sums that the value is made of are float64 beyond some tens of
+// rows.
 #pragma once
 
 #include "activation.cuh"
 #include "products.cuh"
 
-namespace fasthyper {
+namespace fasthyper::gpu {
 
 constexpr int kMaxLayers = 8;
 constexpr int kMaxParts = 16;  // groups of chunks, segments of columns
@@ -82,9 +83,9 @@ struct Problem {
   int tasks_of_slice, num_slices;                                  // of the sums of each chunk's rows
   int first_blocks;                                                // of columns_kernel, those of the first layer
 
-  T *from_task, *from_chunk, *from_task0, *from_chunk0;  // [T, o], [N, o]: parts of the first layer's da and a0
-  T *row_grad;                                           // [T, N, o] of the first layer
-  T *task_grad, *chunk_grad;                             // [T, o], [slices, N, o]
+  T *from_task, *from_chunk, *from_task0, *from_chunk0;         // [T, o], [N, o]: parts of the first layer's da and a0
+  T* row_grad;                                                  // [T, N, o] of the first layer
+  T *task_grad, *chunk_grad;                                    // [T, o], [slices, N, o]
   double *column_slots, *row_slots, *column_grams, *row_grams;  // tiles
   T* layer_slots;
 
@@ -172,29 +173,28 @@ __global__ void __launch_bounds__(kColumnThreads, sizeof(T) == 4 ? 2 : 1)
       }
       __syncthreads();
     }
-    double* slot = p.column_slots + int64_t(p.columns.slot(block, segment)) * p.gram_size() + tile;
     double* sums = shared_memory<double>() + tid % p.piece_tiles;
     for (int q = 0; q < p.column_shares; ++q) {  // threads of the same tile, one after the other
       if (has_tile && share == q) {
-        const bool is_last = q + 1 == p.column_shares;
-        double* to = is_last ? slot : sums;
-        const int stride = is_last ? gram_tiles(p.full) : p.piece_tiles;
 #pragma unroll
-        for (int i = 0; i < kSide; ++i)
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) {
-            const int e = i * kSide + j;
-            to[e * stride] = q > 0 ? sums[e * p.piece_tiles] + total[i][j] : total[i][j];
-          }
+        for (int e = 0; e < kSide * kSide; ++e) {
+          const double before = q > 0 ? sums[e * p.piece_tiles] : 0;
+          sums[e * p.piece_tiles] = before + total[e / kSide][e % kSide];
+        }
       }
       __syncthreads();
     }
+    double* slot = p.column_slots + int64_t(p.columns.slot(block, segment)) * p.gram_size() + piece * p.piece_tiles;
+    if (share == 0 && has_tile)
+      for (int e = 0; e < kSide * kSide; ++e) slot[e * gram_tiles(p.full) + tid] = sums[e * p.piece_tiles];
+    __syncthreads();
   });
 }
 
 // ---- sums over slots
 
-// Element by element, sums over slots [first, last]; put(element, sum). A block takes elements [chunk * kSumLanes, + kSumLanes)
+// Element by element, sums over slots [first, last]; put(element, sum). A block takes elements [chunk * kSumLanes, +
+// kSumLanes)
 template <typename From, typename Put>
 __device__ void sum_slots(const From* slots, int size, int first, int last, int chunk, const Put& put) {
   const int lane = threadIdx.x % kSumLanes, share = threadIdx.x / kSumLanes, shares = kThreads / kSumLanes;
@@ -202,7 +202,7 @@ __device__ void sum_slots(const From* slots, int size, int first, int last, int 
   double* sums = shared_memory<double>();
   double sum = 0;
   if (element < size) {
-#pragma unroll 4
+#pragma unroll 8
     for (int slot = first + share; slot <= last; slot += shares) sum += slots[int64_t(slot) * size + element];
   }
   sums[threadIdx.x] = sum;
@@ -381,8 +381,8 @@ __device__ void meet_columns(const Problem<T>& p, Tile tile, T* memory, double* 
   }
 }
 
-// From the gradient g of the layer's pre-activations: g'(x0 + dx) and the sum of g, added to ``sums``, and g W times the slopes
-// of the layer before, in place of these
+// From the gradient g of the layer's pre-activations: g'(x0 + dx) and the sum of g, added to ``sums``, and g W times the
+// slopes of the layer before, in place of these
 template <typename T>
 __device__ void layer_backward(const Layer<T>& in, const Layer<T>& layer, Tile tile, T* memory, T* sums) {
   const T* g = memory + layer.slope;
@@ -456,6 +456,24 @@ __device__ void row_tile(const Problem<T>& p, int group, int first, int count, T
   __syncthreads();
 }
 
+// Into rows that lie ``stride`` apart
+template <typename T>
+__device__ void load_weight(const T* weight, int outputs, int inputs, T* to, int stride) {
+  constexpr int kLoads = 8;  // that are under way at once
+  const int size = outputs * inputs, threads = blockDim.x;
+  for (int base = threadIdx.x; base < size; base += kLoads * threads) {
+    T w[kLoads];
+#pragma unroll
+    for (int q = 0; q < kLoads; ++q)
+      if (base + q * threads < size) w[q] = weight[base + q * threads];
+#pragma unroll
+    for (int q = 0; q < kLoads; ++q) {
+      const int e = base + q * threads;
+      if (e < size) to[e / inputs * stride + e % inputs] = w[q];
+    }
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 2 : 1) rows_kernel(const __grid_constant__ Problem<T> p) {
   T* memory = shared_memory<T>();
@@ -469,12 +487,9 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 2 : 1) rows_kern
   for (int l = 1; l < p.num_layers; ++l) {
     const Layer<T>& layer = p.layers[l];
     const int inputs = p.layers[l - 1].width;
-    T *w = memory + layer.w, *w0 = w + padded(layer.width) * layer.w_stride;
-    for (int i = tid; i < layer.width * inputs; i += threads) {
-      const int at = i / inputs * layer.w_stride + i % inputs;
-      w[at] = layer.weight[i];
-      w0[at] = layer.weight0[i];
-    }
+    T* w = memory + layer.w;
+    load_weight(layer.weight, layer.width, inputs, w, layer.w_stride);
+    load_weight(layer.weight0, layer.width, inputs, w + padded(layer.width) * layer.w_stride, layer.w_stride);
   }
   auto* table = reinterpret_cast<unsigned char*>(memory + p.tile_table);
   for (int i = tid; i < gram_tiles(p.full); i += threads) {
@@ -487,13 +502,13 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 2 : 1) rows_kern
     double* slot = p.row_slots + int64_t(p.rows.slot(block, group)) * gram_size;
     double* gram = p.sums_are_shared ? reinterpret_cast<double*>(memory) : slot;
     for (int i = tid; i < gram_size; i += threads) gram[i] = 0;
+#pragma unroll 4
     for (int i = tid; i < p.full * p.width; i += threads) {  // 2 Y'V_H
       const int m = i / p.width, h = i % p.width;
       T sum = 0;
       for (int s = 0; s < p.columns.num_parts; ++s)
         if (p.covers[group][s])
-          sum += T(2 * p.covers[group][s] *
-                   gram_at(p.column_grams + int64_t(s) * gram_size, tiles(p.full), m, h));
+          sum += T(2 * p.covers[group][s] * gram_at(p.column_grams + int64_t(s) * gram_size, tiles(p.full), m, h));
       memory[p.to_h + m * spread(p.width) + h] = sum;
     }
     __syncthreads();
@@ -520,8 +535,7 @@ __device__ void set_value(const Problem<T>& p) {
       if (!p.covers[g][s]) continue;
       const double *rows = p.row_grams + int64_t(g) * size, *columns = p.column_grams + int64_t(s) * size;
       for (int i = threadIdx.x; i < p.full * p.full; i += kThreads)
-        sum += p.covers[g][s] * gram_at(rows, side, i / p.full, i % p.full) *
-               gram_at(columns, side, i / p.full, i % p.full);
+        sum += p.covers[g][s] * gram_at(rows, side, i / p.full, i % p.full) * gram_at(columns, side, i / p.full, i % p.full);
     }
   sums[threadIdx.x] = sum;
   __syncthreads();
@@ -538,14 +552,14 @@ __device__ void basis_gradient(const Problem<T>& p, int block) {
   for (int i = threadIdx.x; i < p.last_tile * stride + padded(p.full) * factor_stride; i += kThreads) y[i] = 0;
   __syncthreads();
   p.last_columns.for_parts(block, [&](int segment, int lo, int hi) {
+#pragma unroll 4
     for (int i = threadIdx.x; i < p.full * k; i += kThreads) {
       const int m = i / k, j = i % k;
       double sum = 0;
       for (int g = 0; g < p.rows.num_parts; ++g) {
         if (!p.covers[g][segment]) continue;
         const double* gram = p.row_grams + int64_t(g) * p.gram_size();
-        sum += p.covers[g][segment] *
-               (gram_at(gram, side, m, p.width + j) + (j < p.width ? gram_at(gram, side, m, j) : 0));
+        sum += p.covers[g][segment] * (gram_at(gram, side, m, p.width + j) + (j < p.width ? gram_at(gram, side, m, j) : 0));
       }
       factor[m * factor_stride + j] = T(2 * sum);
     }
@@ -607,4 +621,4 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) finish_kerne
   basis_gradient(p, static_cast<int>(job - p.num_chunks));
 }
 
-}  // namespace fasthyper
+}  // namespace fasthyper::gpu
