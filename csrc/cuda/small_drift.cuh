@@ -22,7 +22,7 @@ constexpr int kMaxLayers = 8;
 constexpr int kMaxParts = 16;  // groups of chunks, segments of columns
 constexpr int kWidest = 128;
 constexpr int kColumns = 64;         // most columns of a tile
-constexpr int kColumnThreads = 352;  // most of them: the tiles of a width of 50
+constexpr int kColumnThreads = 320;  // most of them: with two blocks a processor, each has 96 registers
 constexpr int kRowThreads = 256;     // most of them
 constexpr int kThreads = 256;        // of the other kernels
 constexpr int kSumLanes = 32;        // elements that a block adds up at a time
@@ -97,7 +97,7 @@ struct Problem {
 // y = [v | v - v0] of ``count`` columns from ``first`` on
 template <typename T>
 __device__ void load_columns(const Problem<T>& p, int first, int count, T* y, int stride) {
-  constexpr int kLoads = 4;  // that are under way at once
+  constexpr int kLoads = 6;  // that are under way at once
   const int k = p.width + 1, size = count * k, threads = blockDim.x;
   const T *now = p.basis + int64_t(first) * k, *then = p.basis0 + int64_t(first) * k;
   const float per_k = 1.0f / k;
