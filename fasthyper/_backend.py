@@ -84,7 +84,8 @@ def _bind_cuda(choice: str) -> str:
         raise ImportError(f"FASTHYPER_BACKEND=triton needs {lacking}")
     if not torch.cuda.is_available():
         return "none (no CUDA device)"
-    compiled = [f"_{op}" for op in ops.OPS if _has_kernel(op, "CUDA")]  # by the C++ extension, where it was imported
+    ours = (*ops.OPS, "small_hypernet_drift_fwd")  # of these, what the C++ extension has, where it was imported
+    compiled = [op for op in ours if _has_kernel(op, "CUDA")]
     others = f", CUDA C++ for {', '.join(compiled)}" if compiled else ""
     if choice == "cpp":
         return f"reference (FASTHYPER_BACKEND=cpp){others}"
@@ -105,6 +106,8 @@ def _bind_triton(key: str) -> None:
         if not _has_kernel(op, key):
             if op in kernels.FLOAT32_ONLY:
                 run = _in_float32(run, getattr(reference, op))
+            if op == "hypernet_drift_fwd" and _has_kernel(f"small_{op}", key):
+                run = _where_it_fits(torch.ops.fasthyper._small_hypernet_drift_fwd, run)
             ops.LIBRARY.impl(f"_{op}", _plain(run), key)
 
 
@@ -115,6 +118,17 @@ def _in_float32(run: Callable[..., Any], otherwise: Callable[..., Any]) -> Calla
         flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
         first = next(t for t in flat if isinstance(t, torch.Tensor))
         return (otherwise if first.dtype == torch.float64 else run)(*args)
+
+    return pick
+
+
+def _where_it_fits(small: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The drift behind a trunk whose weights fit a multiprocessor's memory, in C++; behind others, ``otherwise``."""
+    fits = torch.ops.fasthyper._small_hypernet_drift_fits
+
+    def pick(*args: Any) -> Any:
+        theta, embeddings, plan = args[0], args[2], args[7]
+        return (small if fits(theta, plan, len(embeddings)) else otherwise)(*args)
 
     return pick
 

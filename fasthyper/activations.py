@@ -32,8 +32,10 @@ def _relu_drift(a0: Tensor, da: Tensor) -> Drifted:
 
 def _elu_drift(a0: Tensor, da: Tensor) -> Drifted:
     above, slope_above = _relu_drift(a0, da)  # elu(a) = max(a, 0) + expm1(min(a, 0)), drift by drift
-    below = torch.exp(a0.clamp(max=0))
-    d_below = below * torch.expm1(da - above)
+    low, d_low = a0.clamp(max=0), da - above
+    below = torch.exp(low)
+    far = d_low > 80  # from where exp is 0 it would be 0 times infinity
+    d_below = torch.where(far, torch.exp(low + d_low), below * torch.expm1(torch.where(far, 0, d_low)))
     return above + d_below, torch.where(slope_above > 0, slope_above, below + d_below)
 
 

@@ -40,8 +40,9 @@ def drift(a0, da, ACT: tl.constexpr):
         slope = tl.where(dx > -x0, 1.0, 0.0)
     elif ACT == 1:
         above = _relu_drift(a0, da)
-        below = tl.exp(tl.minimum(a0, 0.0))
-        d_below = below * expm1(da - above)
+        low, d_low = tl.minimum(a0, 0.0), da - above
+        below = tl.exp(low)
+        d_below = tl.where(d_low > 80, tl.exp(low + d_low), below * expm1(tl.minimum(d_low, 80.0)))
         dx = above + d_below
         x0 = tl.where(a0 > 0, a0, expm1(tl.minimum(a0, 0.0)))
         slope = tl.where(above > -tl.maximum(a0, 0.0), 1.0, below + d_below)
