@@ -16,6 +16,9 @@ from fasthyper import ops, reference
 
 CHOICES = ("auto", "reference", "cpp", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, for tests
+SMALL_TRUNK_MACS = (
+    130_000_000  # of all rows in the layers after the first; beyond, tensor cores win (bench/results/gpu_first.json)
+)
 _bound: dict[str, str] = {}
 
 
@@ -128,7 +131,9 @@ def _where_it_fits(small: Callable[..., Any], otherwise: Callable[..., Any]) -> 
 
     def pick(*args: Any) -> Any:
         theta, embeddings, plan = args[0], args[2], args[7]
-        return (small if fits(theta, plan, len(embeddings)) else otherwise)(*args)
+        macs = len(embeddings) * len(theta[0]) * sum(weight.numel() for weight in theta[3:-1:2])
+        is_small = macs < SMALL_TRUNK_MACS and fits(theta, plan, len(embeddings))
+        return (small if is_small else otherwise)(*args)
 
     return pick
 

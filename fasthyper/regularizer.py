@@ -11,7 +11,7 @@ from torch import Tensor
 from fasthyper import ops, reference
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
-from fasthyper.trunk import run_trunk, trunk_drift
+from fasthyper.trunk import full_precision, run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
 
@@ -78,12 +78,13 @@ class OutputRegularizer:
         tasks_at_once = max(1, num_past if stores else _BYTES_AT_ONCE // per_task)
         pre: list[Tensor] = []
         grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
-        for lo in range(0, num_past, tasks_at_once):
-            some = self.embeddings0[lo : lo + tasks_at_once]
-            pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
-            plan = _some_tasks(self._all, lo, lo + len(some))
-            with torch.autocast(h0.device.type, enabled=False):
-                grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
+        with full_precision():  # a task's steps differ from what is made here by little
+            for lo in range(0, num_past, tasks_at_once):
+                some = self.embeddings0[lo : lo + tasks_at_once]
+                pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
+                plan = _some_tasks(self._all, lo, lo + len(some))
+                with torch.autocast(h0.device.type, enabled=False):
+                    grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
         return (pre if stores else []), grams
 
     def penalty(

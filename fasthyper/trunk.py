@@ -5,7 +5,8 @@ theta = chunk embeddings ``[N, Z]``, then weight ``[o, i]`` and bias ``[o]`` of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,17 @@ class Trunk(NamedTuple):
 
 
 T = TypeVar("T")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products on GPUs as exact as float32, whatever torch's switch allows elsewhere."""
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def in_own_dtype(function: Callable[..., T]) -> Callable[..., T]:

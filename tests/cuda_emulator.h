@@ -100,6 +100,7 @@ void store4(const T (&from)[4], T* to) {
 class Device {
  public:
   explicit Device(int32_t) {}
+  int make_current() const { return 0; }
   int num_processors() const { return emulator::num_processors; }
   int shared_memory_of_block() const { return emulator::shared_memory; }
   int shared_memory_of_processor() const { return emulator::shared_memory + 1024; }

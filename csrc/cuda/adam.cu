@@ -209,8 +209,8 @@ std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Te
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
   check_steps(params, steps);
+  check_host_steps(steps, false, current_stream(params[0]));
   const OnDevice device(params[0]);
-  check_host_steps(steps, false, device.stream());
   if (whole || settings.weight_decay != 0) make_contiguous(params);
   for (std::vector<Tensor>* list : {&grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
   for (Tensor& step : steps)
@@ -247,12 +247,12 @@ void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
   check_steps(params, steps);
   for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs}) check_in_place(*list);
-  const OnDevice device(params[0]);
-  check_host_steps(steps, healthy.has_value(), device.stream());
+  check_host_steps(steps, healthy.has_value(), current_stream(params[0]));
   if (healthy)
     STD_TORCH_CHECK(
         healthy->scalar_type() == ScalarType::Bool && healthy->get_device_index() == params[0].get_device_index(),
         "adam: healthy must be bool and on the parameters' device");
+  const OnDevice device(params[0]);
   make_contiguous(grads);
   make_contiguous(more_grads);
   dispatch_floating(params[0], "adam", [&](auto zero) {

@@ -9,14 +9,17 @@
 
 namespace fasthyper {
 
-// Makes the device of a tensor current while it lives, and knows the stream for kernels there
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the device of a tensor current while it lives, and knows the stream for kernels there. Arguments are checked before:
+// with torch 2.11 an error that passes a guard was seen to end the process.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()), stream_(current_stream(t)) {}
   cudaStream_t stream() const { return stream_; }
 
  private:

@@ -288,6 +288,7 @@ Tensor call(Problem<T>& p, const Device& device, const std::vector<Tensor>& thet
     layer.grad_weight = data<T>(grad_theta[2 * l + 1]);
     layer.grad_bias = data<T>(grad_theta[2 * l + 2]);
   }
+  [[maybe_unused]] const auto current = device.make_current();
   run(p, device, embeddings);
   return value;
 }

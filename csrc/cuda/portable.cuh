@@ -40,10 +40,14 @@ __device__ inline void store4(const double (&from)[4], double* to) {
   reinterpret_cast<double2*>(to)[1] = make_double2(from[2], from[3]);
 }
 
-// The device that a call runs on, made current; and its current stream
+// The device that a call runs on, and its current stream
 class Device {
  public:
-  explicit Device(int32_t index) : guard_(index), index_(index) {}
+  explicit Device(int32_t index) : index_(index) {}
+
+  // While what it returns lives, the device is current. Nothing that a caller can mend may be thrown then: with torch 2.11
+  // an error that passes a guard was seen to end the process.
+  torch::stable::accelerator::DeviceGuard make_current() const { return torch::stable::accelerator::DeviceGuard(index_); }
 
   int num_processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   int shared_memory_of_block() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
@@ -68,7 +72,6 @@ class Device {
   }
   static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 
-  torch::stable::accelerator::DeviceGuard guard_;
   int32_t index_;
 };
 
