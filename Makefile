@@ -10,6 +10,8 @@ BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard cs
 NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift precision fuzz
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
+# what no backend changes
+ONCE := cuda_emulated kernels_compile
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
 .PHONY: demo test lint types cpp reference triton pure cuda sanitize bench readme clean
@@ -33,7 +35,7 @@ cpp: $(VENV)/.dev
 	FASTHYPER_BACKEND=cpp ATEN_CPU_CAPABILITY=avx2 pytest $(NO_TILES:%=tests/test_%.py)
 
 reference: $(VENV)/.dev
-	FASTHYPER_BACKEND=reference pytest
+	FASTHYPER_BACKEND=reference pytest $(ONCE:%=--ignore=tests/test_%.py)
 
 # the ops that Triton serves, in its interpreter, which takes minutes over slots that are many or large
 triton: $(VENV)/.dev
@@ -45,7 +47,7 @@ pure: $(VENV)/.dev
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo build/pure/lib/python3*`/site-packages/borrowed.pth
 	FASTHYPER_BUILD=none build/pure/bin/python -m pip install -q --no-build-isolation --no-deps --ignore-installed .
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -c 'import fasthyper; assert "not built" in fasthyper.backends()["cpu"]'
-	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. ../tests
+	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. $(ONCE:%=--ignore=../tests/test_%.py) ../tests
 
 # compiles the CUDA sources where nvcc is; it may find no GPU
 cuda: $(VENV)/.dev
