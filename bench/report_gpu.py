@@ -24,9 +24,24 @@ def load(folder: Path) -> tuple[Record | None, Record | None]:
     return found[0], found[1]
 
 
-def readme_text(gpu: Record | None, longseq: Record | None) -> str:
-    if gpu is None:
+def first_text(folder: Path) -> str:
+    """What single runs found (gpu_first.json) before all of bench/run_gpu.sh has run; without them, that nothing is known."""
+    path = folder / "gpu_first.json"
+    if not path.exists():
         return NOTHING
+    first = json.loads(path.read_text())
+    steps = ", ".join(f"{what}: {ms:.2f} ms" for what, ms in first["captured step, ms"].items())
+    drift = first["regularizer, p100 at 100, ms"]
+    return (
+        f"\nOne {first['machine']['gpu']}, single runs; no peer was timed in them, and `bench/run_gpu.sh`, which does all\n"
+        f"of it, has not run to its end yet. A captured step: {steps}.\nRegularizer of `p100` at 100, float32: "
+        f"{min(ms for name, ms in drift.items() if name.startswith('float32')):.2f} ms.\n"
+    )
+
+
+def readme_text(gpu: Record | None, longseq: Record | None, nothing: str = NOTHING) -> str:
+    if gpu is None:
+        return nothing
     cases = list(dict.fromkeys((row["workload"], row["past"]) for row in gpu["rows"]))
     heads = [f"step, {SHOWN[p]}, ms" for p in SHOWN] + [f"step, {peer}" for peer in (PEER, "eager")]
     heads += [f"regularizer, {SHOWN[p]}, ms" for p in SHOWN] + [f"regularizer, {peer}" for peer in (PEER, "eager")]
@@ -45,9 +60,9 @@ def readme_text(gpu: Record | None, longseq: Record | None) -> str:
     return "\n".join(lines)
 
 
-def design_text(gpu: Record | None, longseq: Record | None) -> str:
+def design_text(gpu: Record | None, longseq: Record | None, nothing: str = NOTHING) -> str:
     if gpu is None:
-        return NOTHING
+        return nothing
     lines = ["", f"| on one {gpu['environment']['gpu']} | asked | measured |", "|---|---|---|"]
     lines += [f"| {what} | {asked} | {found} |" for what, asked, found in goals(gpu, longseq)]
     for profile in gpu["profiles"]:
