@@ -25,7 +25,7 @@ def load(folder: Path) -> tuple[Record | None, Record | None]:
 
 
 def first_text(folder: Path) -> str:
-    """What single runs found (gpu_first.json) before all of bench/run_gpu.sh has run; without them, that nothing is known."""
+    """What single runs found (gpu_first.json) before all of bench/run_gpu.sh has run; without, that nothing is known."""
     path = folder / "gpu_first.json"
     if not path.exists():
         return NOTHING

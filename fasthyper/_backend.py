@@ -99,7 +99,8 @@ def _bind_cuda(choice: str) -> str:
 
 
 def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fasthyper::_{op}", key)
+    name = f"fasthyper::_{op}"  # the extension's own ops are not there without it
+    return hasattr(torch.ops.fasthyper, f"_{op}") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def _bind_triton(key: str) -> None:

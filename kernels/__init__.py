@@ -25,4 +25,4 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "output_drift_fwd": output_drift_fwd,
     "target_drift_fwd": target_drift_fwd,
 }
-FLOAT32_ONLY = ("hypernet_drift_fwd", "output_drift_fwd")
+FLOAT32_ONLY = ("hypernet_drift_fwd", "output_drift_fwd", "target_drift_fwd")

@@ -31,7 +31,6 @@ FIELDS = tl.constexpr(7)  # of a rectangle in a table: its bounds and its first 
 PARTIAL_COLUMNS = 1 << 17  # programs of a pass, times the width of what each of them sums
 MAX_PROGRAMS = 1024
 BLOCK_C = 64
-COPY_TILE = 1 << 20  # elements of the residual that float64 holds at a time
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_chunks"])
@@ -398,23 +397,6 @@ class _Cells(NamedTuple):
         return cls(rows[0], tuple((row.data_ptr() - first) // size for row in rows), rows[0].stride(0))
 
 
-def direct(x_RM: Tensor, w_R: Tensor, y_CM: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (float64), gradient for the features ``[R, H]`` and for the basis ``[C, K]`` of one rectangle.
-
-    Args:
-        x_RM: ``[dH | H* | 1]``, float32 or float64; the last column is not read.
-        w_R: weights of its rows.
-        y_CM: ``[V_H | dV]``.
-        width: H.
-    """
-    value = torch.zeros((), dtype=torch.float64, device=x_RM.device)
-    grad_h, grad_basis = x_RM.new_zeros(1, len(x_RM), width), y_CM.new_zeros(len(y_CM), width + 1)
-    rectangle = (0, 1, 0, len(x_RM), 0, len(y_CM))
-    factors = _Factors(x_RM[None], y_CM, w_R, 1, width, 2 * width, width)
-    _add(factors, [rectangle], grad_h, grad_basis, value)
-    return value, grad_h[0], grad_basis
-
-
 def direct_rectangles(
     x_TNM: Tensor,
     weight_T: Tensor,
@@ -497,8 +479,6 @@ def _add(
 ) -> None:
     """The kernels in their order."""
     x_TND, y_SD, weight, rows_per_weight, width, depth, half = factors
-    if x_TND.dtype == torch.float64:
-        return _add_float64(factors, rectangles, grad_h_TNH, grad_basis_SK, value, targets, importance)
     (num_tasks, num_chunks, _), chunk_size, device = x_TND.shape, len(y_SD), x_TND.device
     plan = _schedule(tuple(map(tuple, rectangles)), num_tasks)
     if not plan.num_entries:
@@ -573,42 +553,6 @@ def _add(
 
 def _total(partial: Tensor) -> Tensor:
     return partial.sum(0) if len(partial) > 1 else partial[0]
-
-
-def _add_float64(
-    factors: _Factors,
-    rectangles: Sequence[Sequence[int]],
-    grad_h_TNH: Tensor,
-    grad_basis_SK: Tensor,
-    value: Tensor,
-    targets: Sequence[Tensor],
-    importance: Sequence[Tensor],
-) -> None:
-    """The same of torch's own products, for tests of gradients."""
-    x_TND, y_SD, weight, rows_per_weight, width, depth, half = factors
-    weight_TN, chunk_size = weight.repeat_interleave(rows_per_weight).view(x_TND.shape[:2]), len(y_SD)
-    for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi in rectangles:
-        y_CD, step = y_SD[col_lo:col_hi], max(1, COPY_TILE // max(1, col_hi - col_lo))
-        for task in range(task_lo, task_hi if col_lo < col_hi else task_lo):
-            for lo in range(chunk_lo, chunk_hi, step):
-                hi = min(lo + step, chunk_hi)
-                x_ND = x_TND[task, lo:hi, :depth]
-                h_NH = x_ND[:, :width] + x_ND[:, half : half + width] if half < depth else x_ND[:, :width]
-                d_NC = torch.addmm(y_CD[:, depth], x_ND, y_CD[:, :depth].T)
-                span = slice(lo * chunk_size + col_lo, (hi - 1) * chunk_size + col_hi)
-                if targets:
-                    d_NC -= _row(targets, task)[span].unfold(0, col_hi - col_lo, chunk_size)
-                wd_NC = weight_TN[task, lo:hi, None] * d_NC
-                if importance:
-                    wd_NC *= _row(importance, task)[span].unfold(0, col_hi - col_lo, chunk_size)
-                value += (wd_NC * d_NC).sum()
-                grad_h_TNH[task, lo:hi] += 2 * wd_NC @ y_CD[:, :width]
-                grad_basis_SK[col_lo:col_hi, :width] += 2 * wd_NC.T @ h_NH
-                grad_basis_SK[col_lo:col_hi, width] += 2 * wd_NC.sum(0)
-
-
-def _row(rows: Sequence[Tensor], task: int) -> Tensor:
-    return rows[0][task] if rows[0].dim() == 2 else rows[task]
 
 
 def rectangles_of(plan: Tensor, num_tasks: int, num_chunks: int, chunk_size: int) -> list[tuple[int, ...]]:

@@ -68,12 +68,8 @@ class HypernetModule(MultiTaskModule):
             return self.forward_all_tasks(x)
         if isinstance(task_labels, int):
             return self.forward_single_task(x, task_labels)
-        tasks = task_labels.unique().tolist()
-        if len(tasks) == 1:
-            return self.forward_single_task(x, tasks[0])
-        places = [(task_labels == task).nonzero().flatten() for task in tasks]
-        outputs = [self.forward_single_task(x[place], task) for place, task in zip(places, tasks, strict=True)]
-        return torch.cat(outputs)[torch.cat(places).argsort()]
+        tasks = task_labels.unique()
+        return self.hnet(x.to(self.hnet.basis.dtype), task_labels if len(tasks) > 1 else int(tasks[0]))
 
     def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
         """Outputs ``[B, num_classes]`` with the weights of one task."""
