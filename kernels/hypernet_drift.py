@@ -17,6 +17,7 @@ from fasthyper.kernels.activation import RELU, drift
 from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
 from fasthyper.kernels.products import (
     ALONG_TILE,
+    TWO_PRODUCTS_TILE,
     collapse,
     dot_along,
     down,
@@ -257,12 +258,13 @@ class Trunk:
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
-            _layer[(num_tiles(self.num_rows, padded(self.widths[i])),)](
+            tile_of = ALONG_TILE if has_pre else TWO_PRODUCTS_TILE
+            _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
                 *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i] if has_pre else None, self.roots),
                 *(*factor(self.x[i]), self.slopes[i], *self._of(i)),
                 **self.settings,
                 **{"HAS_PRE": has_pre, "LAST": i == last},
-                **ALONG_TILE,
+                **tile_of,
             )
 
     def _pack(self, i: int) -> tuple[Tensor, Tensor]:

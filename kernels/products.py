@@ -8,6 +8,8 @@ either dimension. Sums are in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 from fasthyper.kernels.precision import factor_precision
 
 ALONG_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
 DOWN_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products do not know bfloat16
 PROGRAMS = 1056  # that a product down columns should have at most: eight for each multiprocessor of an H100
@@ -123,9 +126,9 @@ def factor(t: Tensor) -> tuple[Tensor, int, int]:
     return t, t.stride(0), t.stride(1)
 
 
-def num_tiles(rows: int, cols: int) -> int:
+def num_tiles(rows: int, cols: int, tile: Mapping[str, int] = ALONG_TILE) -> int:
     """Programs of a product along rows, at least one for each tile of rows."""
-    return triton.cdiv(rows, ALONG_TILE["BM"]) * max(1, triton.cdiv(cols, ALONG_TILE["BN"]))
+    return triton.cdiv(rows, tile["BM"]) * max(1, triton.cdiv(cols, tile["BN"]))
 
 
 def along(a: Tensor, b: Tensor, out: Tensor) -> None:
