@@ -312,7 +312,8 @@ class Trunk:
         for i in reversed(range(1, len(self.weights))):
             num_out, num_in = self.weights[i].shape
             made = collapse(down(self.grad, self.x[i - 1][..., padded(num_in) :]))
-            grads = [made[:num_out, :num_in].contiguous(), made[:num_out, padded(num_in)].contiguous(), *grads]
+            weight_and_bias = made[:num_out, :num_in], made[:num_out, padded(num_in)]
+            grads = [*(grad.clone(memory_format=torch.contiguous_format) for grad in weight_and_bias), *grads]
             after, self.grad = self.grad, self._grad(i - 1)
             self._back(i - 1, after, self.turned[i - 1], after.shape[2], None, (0, self.num_rows))
         num_tasks, num_chunks = self.sizes
