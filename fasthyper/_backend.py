@@ -16,9 +16,7 @@ from fasthyper import ops, reference
 
 CHOICES = ("auto", "reference", "cpp", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, for tests
-SMALL_TRUNK_MACS = (
-    130_000_000  # of all rows in the layers after the first; beyond, tensor cores win (bench/results/gpu_first.json)
-)
+SMALL_TRUNK_MACS = 130_000_000  # of all rows, beyond the first layer; with more, tensor cores win (gpu_first.json)
 _bound: dict[str, str] = {}
 
 

@@ -419,10 +419,10 @@ class Trainer:
             record.loss.append((step, loss))
             if not math.isnan(drift):
                 record.drift.append((step, drift))
-        total = sum(task.steps for task in self.results.tasks) + record.steps
-        for logger in self.loggers:
-            if step % logger.every == 0:
-                logger.on_step(record.index, step, total, loss, drift)
+        due = [logger for logger in self.loggers if step % logger.every == 0]
+        total = sum(task.steps for task in self.results.tasks) + record.steps if due else 0
+        for logger in due:
+            logger.on_step(record.index, step, total, loss, drift)
 
     def _step(self, now: TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One update; returns the task loss and the drift (NaN without one) before it, the step's one read."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasthyper.kernels.direct import direct_rectangles
+from fasthyper.kernels.direct import direct_rectangles, rectangles_of
 from fasthyper.kernels.products import along, down, factor, split, store_parts
 
 Range = tuple[int, int]
@@ -34,16 +34,13 @@ class Plan(NamedTuple):
     def of(plan: Tensor, num_tasks: int, num_chunks: int, num_cols: int) -> Plan:
         """A rectangle of some tasks only, a head's, is direct: its rows do not lie together."""
         found = Plan([], [])
-        for i, (task_lo, task_hi, *bounds, direct) in enumerate(plan.tolist()):
-            task_hi = num_tasks if task_hi < 0 else task_hi
-            chunk_lo, chunk_hi, col_lo, col_hi = bounds
-            for lo, hi, size in (task_lo, task_hi, num_tasks), (chunk_lo, chunk_hi, num_chunks), (col_lo, col_hi, num_cols):
-                if not 0 <= lo <= hi <= size:
-                    raise RuntimeError(f"output_drift: a rectangle of the plan, [{lo}, {hi}), leaves the grid [0, {size})")
+        rectangles = rectangles_of(plan, num_tasks, num_chunks, num_cols)
+        for i, (rectangle, direct) in enumerate(zip(rectangles, plan[:, 6].tolist(), strict=True)):
+            task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi = rectangle
             if task_lo == task_hi or chunk_lo == chunk_hi or col_lo == col_hi:
                 continue
             if direct or task_hi - task_lo < num_tasks:
-                found.direct.append([task_lo, task_hi, *bounds])
+                found.direct.append(list(rectangle))
             else:
                 found.gram.append((i, (chunk_lo, chunk_hi), (col_lo, col_hi)))
         return found
