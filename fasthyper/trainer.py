@@ -451,7 +451,7 @@ class Trainer:
         parameters, statistics = [*now.held, *now.free], self.hnet.statistics
         rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
         rows_before = [row.clone() for row in rows]
-        loss = F.cross_entropy(self.hnet(x.to(self.hnet.basis.dtype), now.record.index), y)
+        loss = self._task_loss(x.to(self.hnet.basis.dtype), y, now.record.index)
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
@@ -476,6 +476,10 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = None  # it lies where a graph's next launch writes
         return numbers
+
+    def _task_loss(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        """Loss of the task being learned on a batch of it; what else a trainer learns overrides this."""
+        return F.cross_entropy(self.hnet(x, task), y)
 
     def _has_drift(self, now: TaskInTraining) -> bool:
         return now.record.index > 0 and self.beta > 0
