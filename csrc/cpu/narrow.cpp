@@ -66,15 +66,36 @@ void write(const Rows& x, int64_t start, int64_t length, float* to) {
               to + i * kWidest);
 }
 
+// What comes after a tile, in memory: asked for while the tile is multiplied, line by line, so that its reading is hidden
+struct Ahead {
+  const char *first = nullptr, *second = nullptr;
+  int64_t num_bytes = 0, at = 0;
+
+  Ahead(const Rows& x, int64_t start) {
+    if (start >= x.num_rows) return;
+    first = reinterpret_cast<const char*>(x.first + start * x.stride);
+    second = reinterpret_cast<const char*>((x.minus ? x.minus : x.second) + start * x.stride);
+    num_bytes = std::min(kTile, x.num_rows - start) * x.stride * int64_t(sizeof(float));
+  }
+
+  void ask() {
+    if (at >= num_bytes) return;
+    _mm_prefetch(first + at, _MM_HINT_T0);
+    _mm_prefetch(second + at, _MM_HINT_T0);
+    at += 64;
+  }
+};
+
 // rows x 16 vectors of X'X, from a row and a vector of columns on; of them num_rows and the columns before num_cols count.
 // Turned, they go to their place above the diagonal.
 template <int rows, int vectors>
 void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int64_t num_rows, int64_t num_cols,
-                int64_t width, bool turned, bool adds, double* sum) {
+                int64_t width, bool turned, bool adds, Ahead& ahead, double* sum) {
   __m512 acc[rows][vectors];
   for (auto& line : acc)
     for (auto& a : line) a = _mm512_setzero_ps();
   for (int64_t i = 0; i < length; ++i, x += kWidest) {
+    if (i % 2 == 0) ahead.ask();
     __m512 v[vectors];
     for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(x + 16 * (vector + z));
 #pragma GCC unroll 8
@@ -86,14 +107,21 @@ void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int
   for (int r = 0; r < num_rows; ++r) {
     alignas(64) float line[16 * vectors];
     for (int z = 0; z < vectors; ++z) _mm512_store_ps(line + 16 * z, acc[r][z]);
-    const int64_t count = std::min<int64_t>(16 * vectors, num_cols - 16 * vector), step = turned ? width : 1;
-    double* to = sum + (turned ? 16 * vector * width + row + r : (row + r) * width + 16 * vector);
-    for (int64_t j = 0; j < count; ++j) to[j * step] = (adds ? to[j * step] : 0) + line[j];
+    const int64_t count = std::min<int64_t>(16 * vectors, num_cols - 16 * vector);
+    if (turned) {
+      double* to = sum + 16 * vector * width + row + r;
+      for (int64_t j = 0; j < count; ++j) to[j * width] = (adds ? to[j * width] : 0) + line[j];
+    } else if (adds) {
+      double* to = sum + (row + r) * width + 16 * vector;
+      for (int64_t j = 0; j < count; ++j) to[j] += line[j];
+    } else {
+      std::copy_n(line, count, sum + (row + r) * width + 16 * vector);
+    }
   }
 }
 
 // Whole vectors of columns, block row by block row from the diagonal on; the few columns behind them as rows
-void gram_tile(const float* x, int64_t length, int64_t width, bool adds, double* sum) {
+void gram_tile(const float* x, int64_t length, int64_t width, bool adds, Ahead& ahead, double* sum) {
   int64_t vectors = width / 16, rest = width % 16;
   if (rest > kRest) ++vectors, rest = 0;
   const int64_t height = width - rest;
@@ -103,17 +131,21 @@ void gram_tile(const float* x, int64_t length, int64_t width, bool adds, double*
                      : vectors - from == 3 ? gram_block<8, 3>
                      : vectors - from == 2 ? gram_block<8, 2>
                                            : gram_block<8, 1>;
-    run(x, length, row, from, std::min(rows, height - row), height, width, false, adds, sum);
+    run(x, length, row, from, std::min(rows, height - row), height, width, false, adds, ahead, sum);
     row += rows;
   }
-  if (rest) gram_block<kRest, 4>(x, length, height, 0, rest, width, width, true, adds, sum);
+  if (rest)
+    (rest <= kRest / 2 ? gram_block<kRest / 2, 4> : gram_block<kRest, 4>)(x, length, height, 0, rest, width, width, true,
+                                                                          adds, ahead, sum);
 }
 
 template <int rows>
-inline void product_rows(const float* x, const float* right, int64_t depth, int64_t num_cols, float* out, int64_t stride) {
+inline void product_rows(const float* x, const float* right, int64_t depth, int64_t num_cols, Ahead& ahead, float* out,
+                         int64_t stride) {
   __m512 acc[rows][2];
   for (auto& line : acc) line[0] = line[1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; ++k) {
+    if (k % 2 == 0) ahead.ask();
     const __m512 c0 = _mm512_load_ps(right + k * kColumns), c1 = _mm512_load_ps(right + k * kColumns + 16);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -146,7 +178,8 @@ void gram(const Rows& x, bool adds, double* sum) {
   for (int64_t start = 0; start < x.num_rows; start += kTile, adds = true) {
     const int64_t length = std::min(kTile, x.num_rows - start);
     write(x, start, length, tile);
-    gram_tile(tile, length, width, adds, sum);
+    Ahead ahead(x, start + length);
+    gram_tile(tile, length, width, adds, ahead, sum);
   }
 }
 
@@ -156,11 +189,13 @@ void multiply(const Rows& x, const float* right, int64_t num_cols, float* out, i
   for (int64_t start = 0; start < x.num_rows; start += kTile) {
     const int64_t length = std::min(kTile, x.num_rows - start);
     write(x, start, length, tile);
+    Ahead ahead(x, start + length);
     int64_t i = 0;
     for (; i + kProductRows <= length; i += kProductRows)
-      product_rows<kProductRows>(tile + i * kWidest, right, depth, num_cols, out + (start + i) * out_stride, out_stride);
+      product_rows<kProductRows>(tile + i * kWidest, right, depth, num_cols, ahead, out + (start + i) * out_stride,
+                                 out_stride);
     for (; i < length; ++i)
-      product_rows<1>(tile + i * kWidest, right, depth, num_cols, out + (start + i) * out_stride, out_stride);
+      product_rows<1>(tile + i * kWidest, right, depth, num_cols, ahead, out + (start + i) * out_stride, out_stride);
   }
 }
 
