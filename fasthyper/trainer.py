@@ -28,7 +28,7 @@ from fasthyper.progress import training_bar
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches, derived_seed, to_device
-from fasthyper.training import TaskInTraining
+from fasthyper.training import SCHEDULES, TaskInTraining
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"fused": True}),
@@ -56,14 +56,17 @@ class Trainer:
         plastic: whether past tasks' embeddings move, with theta's optimizer, to keep their weights in place.
         optimizer: a key of ``OPTIMIZERS``.  optimizer_options: more keyword arguments for it (``weight_decay``, ``betas``,
             ``momentum``, ...).
+        schedule: of all learning rates within a task: ``"constant"``, or ``"cosine"``: in step s of n, counted from 0, they
+            are ``(1 + cos(pi s / n)) / 2`` of what was given, also in the look-ahead. n are the steps planned.
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
         graph: whether a step is one launch of a CUDA graph, captured anew for each task, with the same numbers; ``None``: on
             CUDA. Nothing then waits for the device: loss and drift are read, and loggers told, as they arrive, a tenth of a
             second late. So late is a loss that is not finite found, but nothing has changed since. The first steps of a task
             are run as they are, and so are all where they cannot be captured: with hooks in the hypernetwork or the target;
-            with ``reg_tasks`` and output heads of the tasks' own; where the target puts another tensor in the place of a
-            buffer, or waits for the device, which is warned of. Other Python code in its ``forward`` is not run again.
+            with ``reg_tasks`` and output heads of the tasks' own; with a schedule, since a graph keeps its learning rate;
+            where the target puts another tensor in the place of a buffer, or waits for the device, which is warned of. Other
+            Python code in its ``forward`` is not run again.
         out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
@@ -71,7 +74,8 @@ class Trainer:
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
 
     Raises:
-        ValueError: unknown optimizer, a negative number where none can be, or ``graph=True`` elsewhere than on CUDA.
+        ValueError: unknown optimizer or schedule, a negative number where none can be, or ``graph=True`` elsewhere than on
+            CUDA or with a schedule.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Trainer:
         plastic: bool = False,
         optimizer: str = "adam",
         optimizer_options: dict[str, Any] | None = None,
+        schedule: str = "constant",
         seed: int = 0,
         device: torch.device | str | None = None,
         graph: bool | None = None,
@@ -97,6 +102,10 @@ class Trainer:
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+        if graph and schedule != "constant":
+            raise ValueError(f"a CUDA graph keeps its learning rate: schedule={schedule!r} needs graph=False or None")
         if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
             raise ValueError("lr and lr_embedding must be positive, beta and seed not negative, reg_tasks at least 1")
         self.config: dict[str, Any] = {
@@ -108,6 +117,7 @@ class Trainer:
             "plastic": plastic,
             "optimizer": optimizer,
             "optimizer_options": dict(optimizer_options or {}),
+            "schedule": schedule,
             "seed": seed,
             "name": name,
             "settings": settings,
@@ -120,7 +130,7 @@ class Trainer:
         self.progress, self.loggers = progress, list(loggers)
         self.results = Results()
         self.regularizer = OutputRegularizer(hnet)
-        self.graph = graph
+        self.graph = graph if schedule == "constant" else False
         self._current: TaskInTraining | None = None
         self._runtime: Runtime | None = None
         if self.out is not None:
@@ -176,7 +186,7 @@ class Trainer:
         """Begins the next task, for a loop of one's own around ``step``: new optimizers, and a snapshot of the past tasks.
 
         Args:
-            steps: how many are planned; it sets how often the curves in the record are sampled.
+            steps: how many are planned; the schedule is drawn over them, and the curves in the record are sampled so often.
             name: of the task.
 
         Returns:
@@ -365,6 +375,7 @@ class Trainer:
         size, graph = len(inputs[-1]), now.graph
         if graph is None or not now.steady:
             shared = self.hnet.target.shared()
+            now.set_rates(self.config["schedule"])
             self._note(now, *self._step(now, *batch(*inputs)), size)
             if graph is not None and not self._can_launch(now, shared):
                 now.graph = None

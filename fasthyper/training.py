@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from fasthyper.export import with_prefix
 from fasthyper.graph import StepGraph
 from fasthyper.metrics import TaskRecord
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rates where this part of a task is done
+    "constant": lambda _: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * min(done, 1))) / 2,
+}
 
 
 class TaskInTraining:
@@ -36,6 +42,13 @@ class TaskInTraining:
     def steps(self) -> int:
         """Taken or launched; ``record`` holds what was read."""
         return self.record.steps + len(self.unread)
+
+    def set_rates(self, schedule: str) -> None:
+        """Gives the optimizers the learning rates of the next step."""
+        factor = SCHEDULES[schedule](self.steps / max(1, self.planned))
+        for optimizer in self._optimizers().values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"held": self.held_optimizer, "free": self.free_optimizer}

@@ -43,6 +43,7 @@ def interrupt_at(trainer, step):
         {"reg_tasks": 1, "lookahead": False},
         {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
         {"optimizer": "rmsprop"},
+        {"schedule": "cosine"},
     ],
     ids=str,
 )

@@ -44,9 +44,13 @@ OPTIMIZERS = {
 }
 
 
-def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lookahead=True, plastic=False, reg_tasks=None):
+def slow_loop(
+    hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lookahead=True, plastic=False, reg_tasks=None,
+    schedule="constant",
+):  # fmt: skip
     """The update of DESIGN 2.6, from its definition: the look-ahead is a real step of a copied optimizer."""
     optimizer_class, options = OPTIMIZERS[optimizer]
+    factor = {"constant": lambda s: 1, "cosine": lambda s: (1 + math.cos(math.pi * s / steps)) / 2}[schedule]
     losses, num_weights = [], hnet.target.num_weights
 
     def weights_of(theta, embedding):
@@ -58,6 +62,7 @@ def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lo
         moving = theta + (old if plastic else [])
         now = optimizer_class(moving, lr=lr, **options)
         own = optimizer_class([hnet.embedding(task.index)], lr=lr, **options)
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in (now, own)]
         batches = Batches(len(task.train), batch_size, seed=0, task=task.index)
         for step in range(steps):
             x, y = task.train.batch(batches.indices(step))
@@ -97,6 +102,8 @@ def slow_loop(hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lo
                     p.grad += 0 if a.grad is None else a.grad
             now.step()
             own.step()
+            for scheduler in schedulers:
+                scheduler.step()
             losses.append((loss.item(), drift.item() if task.index > 0 and beta > 0 else math.nan))
     return losses
 
@@ -122,6 +129,10 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"plastic": True, "optimizer": "sgd", "lookahead": False},
         {"reg_tasks": 1},
         {"reg_tasks": 1, "plastic": True},
+        {"schedule": "cosine"},
+        {"schedule": "cosine", "optimizer": "adamw", "reg_tasks": 1},
+        {"schedule": "cosine", "optimizer": "sgd", "plastic": True},
+        {"schedule": "cosine", "optimizer": "rmsprop"},
         {"beta": 0},
         {"heads": True},
         {"heads": True, "chunk_size": None},
@@ -201,6 +212,10 @@ def test_names_what_is_wrong():
         trainer.fit("mnist", steps=1)
     with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose from adam"):
         fh.Trainer(toy_hnet(), optimizer="lion")
+    with pytest.raises(ValueError, match="unknown schedule 'step'; choose from constant, cosine"):
+        fh.Trainer(toy_hnet(), schedule="step")
+    with pytest.raises(ValueError, match="a CUDA graph keeps its learning rate: schedule='cosine' needs graph=False"):
+        fh.Trainer(toy_hnet(), schedule="cosine", graph=True)
     for bad in ({"lr": 0}, {"beta": -1}, {"reg_tasks": 0}, {"lr_embedding": -1.0}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be positive"):
             fh.Trainer(toy_hnet(), **bad)
