@@ -23,10 +23,11 @@ from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.export import load
 from fasthyper.loggers import KINDS, open_logger
-from fasthyper.recipes import RECIPES, Recipe, run
+from fasthyper.recipes import RECIPES, Recipe, measured, run, with_error
 from fasthyper.streams import fetch
+from fasthyper.trainer import Trainer
 
-_FIXED = ("name", "about", "source")
+_FIXED = ("name", "about", "source", "published")
 _OPTIONAL = {  # package -> the extra that brings it
     **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "torchvision": "vision", "hypnettorch": "bench"},
     **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche"},
@@ -61,7 +62,10 @@ def _parser() -> _Parser:
     verb = verbs.add_parser("run", help="train a recipe, or go on with it; writes a report", allow_abbrev=False)
     verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows")
     verb.add_argument("--out", type=Path, help="directory of the run (default: runs/RECIPE)")
-    verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end")
+    verb.add_argument(
+        "--seeds", type=_count, default=1, metavar="N", help="as many runs, with seed, seed + 1, ..., in OUT/seed-*"
+    )
+    verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end, or a list")
     verb.add_argument("--log", type=_kinds, default=(), metavar=",".join(KINDS), help="also log to these, in that directory")
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
@@ -106,25 +110,44 @@ def _run(args: argparse.Namespace) -> None:
     overrides = {name[4:]: value for name, value in vars(args).items() if name.startswith("set_") and value is not None}
     overrides = {name: None if value is _NONE else value for name, value in overrides.items()}
     recipe = dataclasses.replace(args.recipe, **overrides)
-    args.out = args.out or Path("runs") / recipe.name
+    out = args.out or Path("runs") / recipe.name
     log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
     log(f"{recipe.name}: {recipe.about}")
-    settings = dataclasses.asdict(recipe)
+    runs: dict[Path, Trainer] = {}
+    for seed in range(recipe.seed, recipe.seed + args.seeds):
+        args.out = out if args.seeds == 1 else out / f"seed-{seed}"  # what an interrupt speaks of
+        runs[args.out] = _run_one(dataclasses.replace(recipe, seed=seed), args, log)
+    scores = [trainer.results.scores() for trainer in runs.values()]
+    if args.json:
+        plain = [{key: None if value != value else value for key, value in entry.items()} for entry in scores]
+        print(json.dumps(plain[0] if args.seeds == 1 else plain))
+    elif args.seeds > 1:
+        measure = next(iter(runs.values())).results.measure
+        print(
+            f"\n{args.seeds} seeds: {with_error([entry['acc'] for entry in scores], measure)}, mean and its standard error"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        log(
+            f"results in {out}; for a report: pip install 'fasthyper[plot]', then fasthyper report {' '.join(map(str, runs))}"
+        )
+    else:
+        log(f"report: {_write_report(list(runs), out)}")
+
+
+def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None]) -> Trainer:
+    """One seed, into ``args.out``."""
+    if args.seeds > 1:
+        log(f"seed {recipe.seed}")
     trainer = run(
         recipe,
         args.out,
         progress=not args.json,
         log=log,
-        loggers=lambda: [open_logger(kind, args.out, recipe.name, settings) for kind in args.log],
+        loggers=lambda: [open_logger(kind, args.out, recipe.name, dataclasses.asdict(recipe)) for kind in args.log],
     )
-    if args.json:
-        print(json.dumps({key: None if value != value else value for key, value in trainer.results.scores().items()}))
-    else:
+    if not args.json:
         print(f"\n{trainer.results.summary()}\n")
-    if importlib.util.find_spec("matplotlib") is None:
-        log(f"results in {args.out}; for a report: pip install 'fasthyper[plot]', then fasthyper report {args.out}")
-    else:
-        log(f"report: {_write_report([args.out])}")
+    return trainer
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -144,11 +167,15 @@ def _export(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     if args.json:
-        print(json.dumps([dataclasses.asdict(recipe) for recipe in RECIPES.values()], indent=2))
+        reached = {name: dataclasses.asdict(runs) for name, runs in measured().items()}
+        entries = [{**dataclasses.asdict(recipe), "measured": reached.get(name)} for name, recipe in RECIPES.items()]
+        print(json.dumps(entries, indent=2))
         return
-    width = max(map(len, RECIPES))
-    for recipe in RECIPES.values():
-        print(f"{recipe.name:<{width}}  {recipe.about}\n{'':<{width}}  {recipe.source}")
+    width, reached = max(map(len, RECIPES)), measured()
+    for name, recipe in RECIPES.items():
+        published = f": {recipe.published}" if recipe.published else ""
+        print(f"{name:<{width}}  {recipe.about}\n{'':<{width}}  {recipe.source}{published}")
+        print(f"{'':<{width}}  {f'measured: {reached[name]}' if name in reached else 'not measured yet'}")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -186,6 +213,12 @@ def _recipe(name: str) -> Recipe:
         hint = f"did you mean {' or '.join(close)}?" if close else "`fasthyper list` shows them"
         raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {hint}")
     return RECIPES[name]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _kinds(text: str) -> tuple[str, ...]:

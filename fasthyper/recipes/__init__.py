@@ -1,6 +1,8 @@
 """Named experiments: a stream, a target, a hypernetwork and how to train it, as small frozen dataclasses."""
 
 from fasthyper.recipes.catalogue import RECIPES
-from fasthyper.recipes.recipe import Recipe, run
+from fasthyper.recipes.measured import measured, with_error
+from fasthyper.recipes.recipe import Recipe
+from fasthyper.recipes.run import run
 
-__all__ = ["RECIPES", "Recipe", "run"]
+__all__ = ["RECIPES", "Recipe", "measured", "run", "with_error"]

@@ -1,0 +1,74 @@
+"""Gathers finished runs of recipes into ``bench/results/recipes.json``, which README and ``fasthyper list`` show.
+
+    fasthyper run split-mnist-cl1-ent --seeds 3 --out runs/a
+    python bench/recipes.py runs/a/seed-*                       # one entry for each recipe among them, one number a seed
+
+A run must be finished and of the recipe's own settings, but for the seed and where the data lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fasthyper.checkpoint import read_results
+from fasthyper.metrics import Results
+from fasthyper.recipes import RECIPES
+
+FILE = Path(__file__).parent / "results" / "recipes.json"
+FREE = ("seed", "data_dir", "about", "source", "published")  # settings that do not change what is measured
+
+
+def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
+    """What is kept of the runs of one recipe.
+
+    Raises:
+        ValueError: a run that is not finished, or of other settings.
+    """
+    wanted = json.loads(json.dumps(asdict(RECIPES[name])))
+    runs: dict[int, tuple[Results, dict[str, Any]]] = {}
+    for directory in directories:
+        content = read_results(directory)
+        config, results = content["config"], Results.from_json(content["results"])
+        for key in wanted.keys() - FREE:
+            if config.get(key) != wanted[key]:
+                raise ValueError(f"{directory}: {key} is {config.get(key)}, in the recipe {wanted[key]}")
+        if len(results.tasks) != wanted["num_tasks"] or results.scores()["acc"] != results.scores()["acc"]:
+            raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
+        runs[config["seed"]] = results, content["environment"]
+    seeds = sorted(runs)
+    scores = [runs[seed][0].scores() for seed in seeds]
+    environment = runs[seeds[0]][1]
+    threads = int(environment["threads"])
+    return {
+        "seeds": seeds,
+        "score": [score["acc"] for score in scores],
+        "largest_drop": [score["largest_drop"] for score in scores],
+        "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
+        "measure": "accuracy",
+        "where": f"{threads} thread{'s' if threads > 1 else ''} of {environment['machine'].split(',')[0]}",
+        "steps": sum(task.steps for task in runs[seeds[0]][0].tasks),
+        "environments": [runs[seed][1] for seed in seeds],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for directory in parser.parse_args().directories:
+        found[read_results(directory)["name"]].append(directory)
+    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
+    kept |= {name: entry(name, directories) for name, directories in found.items()}
+    FILE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    for name in found:
+        print(f"{name}: {kept[name]['score']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What the recipes reached when they were run (``bench/recipes.py`` writes it)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("measured.json")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Runs of a recipe, one number for each seed: ``score`` (ACC, a fraction, or the mean error where ``measure`` is one),
+    ``largest_drop``, and ``seconds`` of training. ``where``: the machine and its threads.
+    """
+
+    seeds: Sequence[int]
+    score: Sequence[float]
+    largest_drop: Sequence[float]
+    seconds: Sequence[float]
+    measure: str
+    where: str
+
+    def __str__(self) -> str:
+        minutes = statistics.mean(self.seconds) / 60
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        return f"{with_error(self.score, self.measure)} ({seeds}, {minutes:.1f} minutes each on {self.where})"
+
+
+def with_error(values: Sequence[float], measure: str = "accuracy") -> str:
+    """Mean, and its standard error where there are several: accuracies in percent."""
+    scale, digits, unit = (100, 2, " %") if measure == "accuracy" else (1, 5, "")
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * statistics.mean(values):.{digits}f}{spread}{unit}"
+
+
+@cache
+def measured() -> dict[str, Measured]:
+    """By name of the recipe; recipes that were not run are not there."""
+    entries, keys = json.loads(FILE.read_text()), [field.name for field in fields(Measured)]
+    return {name: Measured(**{key: entry[key] for key in keys}) for name, entry in entries.items()}
