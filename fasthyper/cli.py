@@ -96,8 +96,10 @@ def _parser() -> _Parser:
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(command=_doctor)
 
-    verb = verbs.add_parser("data", help="data sets")
-    data_verbs = verb.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    verb = verbs.add_parser("data", help="data sets: which are here, and where the files of the others belong")
+    verb.set_defaults(command=_data)
+    data_verbs = verb.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    data_verbs.add_parser("list", help="the same as without a command").set_defaults(command=_data)
     verb = data_verbs.add_parser("fetch", help="download a data set, checked by SHA-256")
     verb.add_argument("name", metavar="NAME", help=f"one of: {', '.join(fetch.DATASETS)}")
     verb.add_argument("--data-dir", type=Path, help="keep it there instead of in the cache")
@@ -194,13 +196,26 @@ def _doctor(args: argparse.Namespace) -> None:
         fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
         facts.append((package, "installed" if have else "not installed", "" if have else fix))
     for name in fetch.DATASETS:
-        found, fix = ("missing", f"fasthyper data fetch {name}") if fetch.missing(name) else ("complete", "")
+        fix = f"fasthyper data fetch {name}" if fetch.DATASETS[name].sources else "fasthyper data"
+        found, fix = ("missing", fix) if fetch.missing(name) else ("complete", "")
         facts.append((f"data {name}", found, fix))
     if args.json:
         print(json.dumps({name: {"found": found, "note": note} for name, found, note in facts}))
         return
     for name, found, note in facts:
         print(f"{name:<14}{found}{f'   ({note})' if note else ''}")
+
+
+def _data(args: argparse.Namespace) -> None:
+    for name, dataset in fetch.DATASETS.items():
+        missing, folder = fetch.missing(name), fetch.data_home() / name
+        if not missing:
+            state = f"{'complete' if all(dataset.files.values()) else 'there, checked when used'}, in {folder}"
+        elif dataset.sources:
+            state = f"not here: `fasthyper data fetch {name}`, or put {fetch.whereabouts(name, folder)}"
+        else:
+            state = f"not here, cannot be fetched: put {fetch.whereabouts(name, folder)}, or name another folder as data_dir"
+        print(f"{name}: {state}\n    {dataset.about}")
 
 
 def _fetch(args: argparse.Namespace) -> None:

@@ -163,7 +163,7 @@ class Trainer:
         index, name, data = self._next(task)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device)
+        batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device, choices=data.choices)
         title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
         with deferred_interrupt() as interrupted:
             start = self.begin_task(steps=steps, name=name)

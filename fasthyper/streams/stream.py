@@ -27,6 +27,8 @@ class TaskData:
         TypeError: dtypes other than these.  ValueError: shapes disagree, nothing to learn from, numbers out of range.
     """
 
+    choices: tuple[int, ...] = ()  # what a training step draws for each example, and gives ``batch`` (``Batches``)
+
     def __init__(self, inputs: Tensor, labels: Tensor, columns: Tensor | None = None):
         _check(inputs, labels)
         self.inputs, self.labels, self.columns = inputs, labels.to(inputs.device, torch.int64), None
@@ -163,13 +165,17 @@ def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a stream: its place there (from 0), what to train on, what to test on, and labels 0..num_classes-1."""
+    """One task of a stream: its place there (from 0), what to train on, what to test on, and labels 0..num_classes-1.
+
+    ``validation``: data set apart from those to train on, where the data set has some.
+    """
 
     index: int
     train: TaskData
     test: TaskData
     num_classes: int
     name: str = ""
+    validation: TaskData | None = None
 
 
 class Stream(Sequence[Task]):
