@@ -107,7 +107,7 @@ class Run:
         if (out / CHECKPOINT).exists():
             return Trainer.load(out, device=self.args.device, out=out, progress=False)
         hnet = ChunkedHypernet(
-            nets.MLP(RECIPE.num_inputs, RECIPE.target_hidden, RECIPE.num_outputs),
+            nets.MLP(1024, RECIPE.target_hidden, 10),
             self.args.tasks,
             chunk_size=RECIPE.chunk_size,
             hidden=RECIPE.hidden,

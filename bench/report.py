@@ -7,6 +7,7 @@ python bench/report.py --check    exit 1 if they are not what the results say
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from fasthyper.bench.costs import Work
 from fasthyper.bench.figure import times_figure
 from fasthyper.bench.machine import Machine
 from fasthyper.metrics import Results
+from fasthyper.recipes import RECIPES, measured
 
 ROOT = Path(__file__).parent.parent
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
@@ -36,23 +38,24 @@ CEILING_TEXT = (
 
 def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
-    measured, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     gpu = *report_gpu.load(RESULTS), report_gpu.first_text(RESULTS)
-    entries = [entry["extra_info"] for entry in measured["benchmarks"]]
+    entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
     parts = {
         README: {
             "headline": headline(rows),
             "figure": figure_link(),
             "times": times(commands),
-            "table": table(rows, measured),
+            "table": table(rows, cpu),
             "loop": loop_text(loop),
+            "recipes": recipes_table(),
             "gpu": report_gpu.readme_text(*gpu),
         },
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(entries, measured["machine_info"]["ceiling"]),
+            "goals": goals_table(entries, cpu["machine_info"]["ceiling"]),
             "planner": planner_table(entries),
             "gpu-goals": report_gpu.design_text(*gpu),
         },
@@ -67,7 +70,7 @@ def main() -> int:
             print(f"{path.name} is not what bench/results says: run `python bench/report.py`", file=sys.stderr)
             return 1
     if "--check" not in sys.argv[1:]:
-        draw(rows, measured)
+        draw(rows, cpu)
     return 0
 
 
@@ -111,8 +114,8 @@ def times(commands: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
-    machine = measured["machine_info"]
+def table(rows: list[dict[str, Any]], cpu: dict[str, Any]) -> str:
+    machine = cpu["machine_info"]
     others = [name for name in OTHERS if any(name in row["peers"] for row in rows)]
     named = f"{PEER} {machine['hypnettorch']}"
     columns = [(what, peer) for what in ("regularizer", "step") for peer in (PEER, *others)]
@@ -184,6 +187,20 @@ def loop_text(loop: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recipes_table() -> str:
+    reached = measured()
+    lines = ["", "| recipe | published | measured: mean ± SEM of seeds | largest drop, points | steps, minutes a seed |", f"|{'---|' * 5}"]
+    for name, runs in reached.items():
+        seeds = f"{runs.mean_and_error}, {len(runs.seeds)} seed{'s' if len(runs.seeds) > 1 else ''}"
+        drop = f"{100 * max(runs.largest_drop):.2f}" if runs.measure == "accuracy" else ""
+        minutes = f"{runs.steps:,}, {statistics.mean(runs.seconds) / 60:.1f} on {runs.where}"
+        lines.append(f"| `{name}` | {RECIPES[name].published} | {seeds} | {drop} | {minutes} |")
+    missing = [name for name in RECIPES if name not in reached]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(f'`{name}`' for name in missing)}."]
+    return "\n".join([*lines, ""])
+
+
 def precision_table(precision: dict[str, Any]) -> str:
     lines = ["", "| state | step | value: ours | loop | gradient: ours | loop | high | medium |", f"|{'---|' * 8}"]
     for row in precision["errors"]:
@@ -248,12 +265,12 @@ def planner_table(entries: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw(rows: list[dict[str, Any]], measured: dict[str, Any]) -> None:
+def draw(rows: list[dict[str, Any]], cpu: dict[str, Any]) -> None:
     """Step time against past tasks, a panel per workload measured at more than one number, for a light and a dark page."""
     FIGURES.mkdir(exist_ok=True)
     steps = [row for row in rows if row["what"] == "step"]
     counts = Counter(row["workload"] for row in steps)
-    machine = measured["machine_info"]
+    machine = cpu["machine_info"]
     for theme, ink in (("light", "#24292f"), ("dark", "#d0d7de")):
         drawn = [row for row in steps if counts[row["workload"]] > 1]
         figure = times_figure(drawn, f"{machine['machine']}, {machine['threads']} threads", ink)

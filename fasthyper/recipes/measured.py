@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("measured.json")
 @dataclass(frozen=True)
 class Measured:
     """Runs of a recipe, one number for each seed: ``score`` (ACC, a fraction, or the mean error where ``measure`` is one),
-    ``largest_drop``, and ``seconds`` of training. ``where``: the machine and its threads.
+    ``largest_drop``, and ``seconds`` of training. ``steps``: of all tasks.  ``where``: threads and machine.
     """
 
     seeds: Sequence[int]
@@ -23,12 +23,18 @@ class Measured:
     largest_drop: Sequence[float]
     seconds: Sequence[float]
     measure: str
+    steps: int
     where: str
+
+    @property
+    def mean_and_error(self) -> str:
+        """Of ``score``, with its unit."""
+        return with_error(self.score, self.measure)
 
     def __str__(self) -> str:
         minutes = statistics.mean(self.seconds) / 60
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return f"{with_error(self.score, self.measure)} ({seeds}, {minutes:.1f} minutes each on {self.where})"
+        return f"{self.mean_and_error} ({seeds}, {minutes:.1f} minutes each on {self.where})"
 
 
 def with_error(values: Sequence[float], measure: str = "accuracy") -> str:

@@ -10,7 +10,7 @@ class Recipe:
     """One experiment. Every field but the first four can be set on the command line.
 
     ``published``: the source's figures.
-    ``base``, ``pool``: of streams of the MNIST family, as ``fh.streams.permuted_mnist`` has them.
+    ``base``, ``pool``, ``padding``: of streams of the MNIST family, as ``fh.streams.permuted_mnist`` has them.
     ``heads``: each task has outputs of its own.
     ``scenario``: what is known of an example when it is tested: ``"task"`` (its task is told), ``"domain"`` (it is inferred,
     and the label must be right) or ``"class"`` (both must be).
@@ -26,10 +26,13 @@ class Recipe:
     stream: str = "permuted-mnist"
     base: str = "mnist"
     pool: int = 1
+    padding: int | None = None
+    augment: bool = True
     num_tasks: int = 10
     data_dir: str | None = None
     target: str = "mlp"
     target_hidden: tuple[int, ...] = (1000, 1000)
+    target_activation: str = "relu"
     heads: bool = False
     scenario: str = "task"
     method: str = "entropy"
@@ -39,10 +42,12 @@ class Recipe:
     chunk_dim: int = 8
     activation: str = "elu"
     layout: str = "flat"
+    loss: str = "cross_entropy"
     steps: int = 5000
     epochs: int | None = None
     batch_size: int = 128
     lr: float = 1e-4
+    lr_embedding: float | None = None
     schedule: str = "constant"
     beta: float = 0.1
     lookahead: bool = True
@@ -50,5 +55,6 @@ class Recipe:
     plastic: bool = False
     embedding_init: str = "normal"
     optimizer: str = "adam"
+    adam_beta1: float = 0.9
     seed: int = 42
     evaluate_every: int = 1

@@ -90,14 +90,7 @@ def _trainer(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) 
         if other:
             raise CheckpointError(f"{out} holds a run with other settings ({'; '.join(other)}); name another directory")
         return trainer
-    first = stream[0]
-    num_outputs = first.num_classes * (len(stream) if recipe.heads else 1)
-    hnet = ChunkedHypernet(
-        TARGETS[recipe.target](recipe, first.train.shape[1:].numel(), num_outputs),
-        recipe.num_tasks,
-        outputs_per_task=first.num_classes if recipe.heads else None,
-        **{key: getattr(recipe, key) for key in HNET},
-    )
+    hnet = build(recipe, stream[0].train.shape[1:].numel(), stream[0].num_classes)
     return Trainer(
         hnet,
         out=out,
@@ -106,6 +99,17 @@ def _trainer(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) 
         progress=progress,
         infer=None if recipe.scenario == "task" else recipe.method,
         **{key: getattr(recipe, key) for key in TRAINER},
+    )
+
+
+def build(recipe: Recipe, num_inputs: int, num_classes: int) -> ChunkedHypernet:
+    """The hypernetwork of a recipe, for examples of so many numbers, each task of so many classes (or values to predict)."""
+    num_outputs = num_classes * (recipe.num_tasks if recipe.heads else 1)
+    return ChunkedHypernet(
+        TARGETS[recipe.target](recipe, num_inputs, num_outputs),
+        recipe.num_tasks,
+        outputs_per_task=num_classes if recipe.heads else None,
+        **{key: getattr(recipe, key) for key in HNET},
     )
 
 
