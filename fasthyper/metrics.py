@@ -88,7 +88,8 @@ def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tup
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     middle = (correct + z2 / 2) / (total + z2)
     reach = math.sqrt(z2 * (correct * (total - correct) / total + z2 / 4)) / (total + z2)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    share = correct / total  # lies within, also where rounding would leave it out
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
 def _mean(values: Sequence[float]) -> float:
