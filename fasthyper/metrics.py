@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ def largest_drop(matrix: Matrix) -> float:
     last = len(matrix) - 1
     drops = [matrix[j][j] - matrix[last][j] for j in range(last)]
     return math.nan if any(map(math.isnan, drops)) else max(drops, default=0.0)
+
+
+def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of an accuracy: the chances p at which ``correct`` of ``total`` are not surprising.
+
+    Both ends of ``|correct / total - p| <= z sqrt(p (1 - p) / total)``, z the normal quantile of ``(1 + confidence) / 2``.
+
+    Raises:
+        ValueError: not ``0 <= correct <= total`` with ``total >= 1``, or ``confidence`` not between 0 and 1.
+    """
+    if not (0 <= correct <= total and total >= 1 and 0 < confidence < 1):
+        raise ValueError(f"need 0 <= correct <= total >= 1 and a confidence within 0..1, got {(correct, total, confidence)}")
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    middle = (correct + z2 / 2) / (total + z2)
+    reach = math.sqrt(z2 * (correct * (total - correct) / total + z2 / 4)) / (total + z2)
+    share = correct / total  # lies within, also where rounding would leave it out
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,8 +2,11 @@
 
 import json
 import math
+from statistics import NormalDist
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fasthyper as fh
 from fasthyper import metrics
@@ -44,3 +47,27 @@ def test_summary_of_a_long_run_stays_readable():
     accuracy = {i: {j: 0.9 for j in range(i + 1)} for i in range(300)}
     lines = fh.Results(tasks, accuracy).summary().splitlines()
     assert max(map(len, lines)) < 180 and len(lines) < 40 and any("280 tasks in the middle" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "expected"),
+    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605))],
+)
+def test_accuracy_interval_has_the_ends_of_newcombe_s_table(correct, total, expected):
+    assert metrics.accuracy_interval(correct, total) == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.integers(1, 500), st.floats(0, 1), st.floats(0.5, 0.999))
+def test_ends_of_the_accuracy_interval_solve_its_equation(total, share, confidence):
+    correct = round(share * total)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    low, high = metrics.accuracy_interval(correct, total, confidence)
+    assert low <= correct / total <= high
+    for p in (low, high):
+        assert abs(correct / total - p) == pytest.approx(z * math.sqrt(p * (1 - p) / total), abs=1e-7)
+
+
+@pytest.mark.parametrize("numbers", [(-1, 5), (6, 5), (0, 0), (1, 2, 1.0)])
+def test_accuracy_interval_refuses(numbers):
+    with pytest.raises(ValueError, match="need 0 <= correct <= total >= 1 and a confidence within"):
+        metrics.accuracy_interval(*numbers)

@@ -14,7 +14,7 @@ from fasthyper.streams.images import ImageData, moments
 from fasthyper.streams.stream import Device, Stream, Task
 
 PIXELS = 3 * 32 * 32
-EXAMPLES = {"train": 50_000, "test": 10_000}
+EXAMPLES = {"cifar-10": (50_000, 10_000), "cifar-100": (50_000, 10_000)}  # to train on, to test on
 SCENARIOS = ("task", "domain", "class")
 
 Pair = tuple[ImageData, ImageData]  # to train on, to test on
@@ -128,7 +128,7 @@ def _load(dataset: str, augment: bool, data_dir: str | os.PathLike[str] | None, 
     num_classes = int(dataset.removeprefix("cifar-"))
     files = contents(dataset, data_dir)
     images, labels = {}, {}
-    for part, expected in EXAMPLES.items():
+    for part, expected in zip(("train", "test"), EXAMPLES[dataset], strict=True):
         pairs = [
             read_records(raw, num_classes, f"{file} of {dataset}")
             for file, raw in files.items()
