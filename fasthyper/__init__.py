@@ -19,6 +19,8 @@ from fasthyper.inference import infer_tasks
 from fasthyper.lookahead import candidate_step
 from fasthyper.metrics import Results
 from fasthyper.regularizer import OutputRegularizer
+from fasthyper.replay import HnetR, HnetTIR
+from fasthyper.replay_model import ReplayModel
 from fasthyper.trainer import Trainer
 
 __all__ = [
@@ -26,9 +28,12 @@ __all__ = [
     "ChunkedHypernet",
     "DataError",
     "FasthyperError",
+    "HnetR",
+    "HnetTIR",
     "MissingPackageError",
     "NonFiniteLossError",
     "OutputRegularizer",
+    "ReplayModel",
     "Results",
     "Trainer",
     "__version__",

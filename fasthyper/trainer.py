@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"fused": True}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
+_Self = TypeVar("_Self", bound="Trainer")
 SAMPLES_PER_TASK = 200  # points of the loss and drift curves that are kept
 
 
@@ -170,7 +171,8 @@ class Trainer:
             current = self._under_way()
             with training_bar(title, start, steps, self.progress) as show:
                 for step in range(start, steps):
-                    self._advance(current, data.batch, batches.indices(step))
+                    batch, inputs = self._inputs(current, data, batches.indices(step))
+                    self._advance(current, batch, *inputs)
                     show(step + 1, *current.latest)
                     if interrupted():
                         break
@@ -242,10 +244,7 @@ class Trainer:
                 example is right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they
                 are.
         """
-        named: dict[int, TaskData] = {}
-        for position, task in enumerate([tasks] if isinstance(tasks, Task) else tasks):
-            index, data = (task.index, task.test) if isinstance(task, Task) else (position, as_task_data(task))
-            named[index] = data
+        named = tests_of(tasks)
         among = range(len(self.results.tasks)) if infer else None
         accuracies = dict(zip(named, accuracies_on(self.hnet, list(named.items()), among), strict=True))
         if self.results.tasks and not infer:
@@ -264,6 +263,17 @@ class Trainer:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
             NonFiniteLossError: found in steps whose numbers were not yet read.
         """
+        tensors, state = self.state()
+        summary = {
+            "name": self.config["name"],
+            "config": self.config["settings"] or {**self.hnet.config, **self.config},
+            "environment": environment(),
+            "results": self.results.to_json(),
+        }
+        checkpoint.save(Path(directory), tensors, state, summary)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``from_state`` needs to go on: tensors, and what is JSON-ready. Raises as ``save`` does for unread steps."""
         self._collect(wait=True)
         tensors = {f"hnet.{name}": tensor for name, tensor in self.hnet.state_dict().items()}
         state = {
@@ -278,17 +288,11 @@ class Trainer:
             state["current"] = self._current.record.to_json()
             tensors |= self._current.tensors()
             tensors |= {f"snapshot.{i}": tensor for i, tensor in enumerate(self.regularizer.state())}
-        summary = {
-            "name": self.config["name"],
-            "config": self.config["settings"] or {**self.hnet.config, **self.config},
-            "environment": environment(),
-            "results": self.results.to_json(),
-        }
-        checkpoint.save(Path(directory), tensors, state, summary)
+        return tensors, state
 
     @classmethod
     def load(
-        cls,
+        cls: type[_Self],
         directory: str | Path,
         *,
         target: nn.Module | None = None,
@@ -297,7 +301,7 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
-    ) -> Trainer:
+    ) -> _Self:
         """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
@@ -309,25 +313,30 @@ class Trainer:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
         """
         tensors, state = checkpoint.load(Path(directory))
+        options: dict[str, Any] = {"device": device, "graph": graph, "out": out, "progress": progress, "loggers": loggers}
         try:
-            hnet = rebuild(with_prefix(tensors, "hnet."), state, target)
-            options: dict[str, Any] = {
-                "device": device,
-                "graph": graph,
-                "out": out,
-                "progress": progress,
-                "loggers": loggers,
-            }
-            trainer = cls(hnet, **state["trainer"], **options)
-            trainer.results = Results.from_json(state["results"])
-            if state["current"] is not None:
-                record = TaskRecord.from_json(state["current"])
-                snapshot = with_prefix(tensors, "snapshot.")
-                trainer._current = trainer._begin(record.index, record.name)
-                trainer._current.restore(record, tensors)
-                trainer.regularizer.restore(record.index, [snapshot[str(i)] for i in range(len(snapshot))])
+            return cls.from_state(tensors, state, target=target, **options)
         except UNFIT as error:
             raise unfit(Path(directory) / checkpoint.CHECKPOINT, error) from error
+
+    @classmethod
+    def from_state(
+        cls: type[_Self],
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        target: nn.Module | None = None,
+        **options: Any,
+    ) -> _Self:
+        """The trainer whose ``state`` it was; ``options`` as in ``load``. What does not fit raises one of ``UNFIT``."""
+        trainer = cls(rebuild(with_prefix(tensors, "hnet."), state, target), **state["trainer"], **options)
+        trainer.results = Results.from_json(state["results"])
+        if state["current"] is not None:
+            record = TaskRecord.from_json(state["current"])
+            snapshot = with_prefix(tensors, "snapshot.")
+            trainer._current = trainer._begin(record.index, record.name)
+            trainer._current.restore(record, tensors)
+            trainer.regularizer.restore(record.index, [snapshot[str(i)] for i in range(len(snapshot))])
         return trainer
 
     def _total_steps(self) -> int:
@@ -488,6 +497,12 @@ class Trainer:
                 parameter.grad = None  # it lies where a graph's next launch writes
         return numbers
 
+    def _inputs(
+        self, now: TaskInTraining, data: TaskData, indices: Tensor
+    ) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        """What makes the batch of the next step: a function, equal in all of them, and what it is given."""
+        return data.batch, (indices,)
+
     def _task_loss(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """Loss of the task being learned on a batch of it; what else a trainer learns overrides this."""
         return F.cross_entropy(self.hnet(x, task), y)
@@ -524,6 +539,15 @@ class Trainer:
                     f"lower lr or beta, or look at the data{kept}"
                 )
         return numbers[0], numbers[1] if len(numbers) > 1 else math.nan
+
+
+def tests_of(tasks: Any) -> dict[int, TaskData]:
+    """Test data by task, of what ``Trainer.evaluate`` takes."""
+    named: dict[int, TaskData] = {}
+    for position, task in enumerate([tasks] if isinstance(tasks, Task) else tasks):
+        index, data = (task.index, task.test) if isinstance(task, Task) else (position, as_task_data(task))
+        named[index] = data
+    return named
 
 
 def _as_given(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,19 +56,32 @@ class TaskInTraining:
     def tensors(self) -> dict[str, Tensor]:
         """The optimizers' state, named ``optimizer.WHICH.PARAMETER.KEY``."""
         return {
-            f"optimizer.{which}.{i}.{key}": value
+            f"optimizer.{which}.{name}": value
             for which, optimizer in self._optimizers().items()
-            for i, entries in optimizer.state_dict()["state"].items()
-            for key, value in entries.items()
-            if value is not None
+            for name, value in optimizer_tensors(optimizer).items()
         }
 
     def restore(self, record: TaskRecord, tensors: dict[str, Tensor]) -> None:
         """Takes over what ``tensors`` wrote."""
         self.record = record
         for which, optimizer in self._optimizers().items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in with_prefix(tensors, f"optimizer.{which}.").items():
-                i, key = name.split(".", 1)
-                state.setdefault(int(i), {})[key] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            restore_optimizer(optimizer, with_prefix(tensors, f"optimizer.{which}."))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state, named ``PARAMETER.KEY``."""
+    return {
+        f"{i}.{key}": value
+        for i, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Takes over what ``optimizer_tensors`` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        i, key = name.split(".", 1)
+        state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fasthyper.nets.lenet import LeNet
 from fasthyper.nets.mlp import MLP
 from fasthyper.nets.resnet import ResNet, resnet20, resnet32, resnet56
+from fasthyper.nets.vae import VAE
 from fasthyper.nets.wrn import WRN, wrn_28_10
 from fasthyper.nets.zenkenet import ZenkeNet
 
-__all__ = ["MLP", "WRN", "LeNet", "ResNet", "ZenkeNet", "build", "describe", "resnet20", "resnet32", "resnet56", "wrn_28_10"]
+__all__ = [
+    "MLP",
+    "VAE",
+    "WRN",
+    "LeNet",
+    "ResNet",
+    "ZenkeNet",
+    "build",
+    "describe",
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "wrn_28_10",
+    "xavier_",
+]
 
-_CLASSES: dict[str, type[nn.Module]] = {net.__name__: net for net in (MLP, LeNet, ZenkeNet, ResNet, WRN)}
+_Net = TypeVar("_Net", bound=nn.Module)
+_CLASSES: dict[str, type[nn.Module]] = {net.__name__: net for net in (MLP, VAE, LeNet, ZenkeNet, ResNet, WRN)}
+
+
+@torch.no_grad()
+def xavier_(net: _Net, seed: int) -> _Net:
+    """Draws a network's parameters anew, from ``seed`` alone: Xavier-uniform weights, biases 0; returns the network."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter, generator=generator)
+        else:
+            parameter.zero_()
+    return net
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
