@@ -189,7 +189,11 @@ def loop_text(loop: dict[str, Any]) -> str:
 
 def recipes_table() -> str:
     reached = measured()
-    lines = ["", "| recipe | published | measured: mean ± SEM of seeds | largest drop, points | steps, minutes a seed |", f"|{'---|' * 5}"]
+    lines = [
+        "",
+        "| recipe | published | measured: mean ± SEM of seeds | largest drop, points | steps, minutes a seed |",
+        f"|{'---|' * 5}",
+    ]
     for name, runs in reached.items():
         seeds = f"{runs.mean_and_error}, {len(runs.seeds)} seed{'s' if len(runs.seeds) > 1 else ''}"
         drop = f"{100 * max(runs.largest_drop):.2f}" if runs.measure == "accuracy" else ""

@@ -23,9 +23,8 @@ from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.export import load
 from fasthyper.loggers import KINDS, open_logger
-from fasthyper.recipes import RECIPES, Recipe, measured, run, with_error
+from fasthyper.recipes import RECIPES, Recipe, Runner, measured, run, with_error
 from fasthyper.streams import fetch
-from fasthyper.trainer import Trainer
 
 _FIXED = ("name", "about", "source", "published")
 _OPTIONAL = {  # package -> the extra that brings it
@@ -115,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / recipe.name
     log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
     log(f"{recipe.name}: {recipe.about}")
-    runs: dict[Path, Trainer] = {}
+    runs: dict[Path, Runner] = {}
     for seed in range(recipe.seed, recipe.seed + args.seeds):
         args.out = out if args.seeds == 1 else out / f"seed-{seed}"  # what an interrupt speaks of
         runs[args.out] = _run_one(dataclasses.replace(recipe, seed=seed), args, log)
@@ -136,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
         log(f"report: {_write_report(list(runs), out)}")
 
 
-def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None]) -> Trainer:
+def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None]) -> Runner:
     """One seed, into ``args.out``."""
     if args.seeds > 1:
         log(f"seed {recipe.seed}")

@@ -148,6 +148,14 @@ def test_split_cifar_refuses(tmp_path, put):
         split_cifar100(scenario="cl1")
 
 
+def test_a_folder_in_the_place_of_a_file(tmp_path, put):
+    put(tmp_path, "cifar-100")
+    (tmp_path / "test.bin").unlink()
+    (tmp_path / "test.bin").mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*test\.bin: Is a directory"):
+        split_cifar100(data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("how", ["plain", "archive"])
 def test_files_that_are_not_the_right_ones(tmp_path, put, files, how):
     damaged = dict(files["cifar-10"])

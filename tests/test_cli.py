@@ -11,6 +11,7 @@ import pytest
 
 from fasthyper.cli import main
 from fasthyper.recipes import RECIPES
+from fasthyper.streams import fetch
 
 SMALL = ["--num-tasks", "2", "--steps", "12", "--hidden", "6,5", "--chunk_size", "900", "--target-hidden", "10"]
 
@@ -43,6 +44,23 @@ def test_doctor_says_what_serves(capsys):
     assert all(word in out for word in ("torch", "ops on cpu", "data mnist"))
     assert cli("doctor", "--json") == 0
     assert "torch" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [["data"], ["data", "list"]])
+def test_data_says_what_is_here_and_what_belongs_where(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / "fasthyper" / "cifar-100").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fasthyper" / "cifar-100" / name).write_bytes(b"")
+    assert cli(*command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    states = dict(line.split(": ", 1) for line in lines[::2])
+    assert list(states) == list(fetch.DATASETS) and all(line.startswith("    ") for line in lines[1::2])
+    assert states["cifar-100"] == f"there, checked when used, in {tmp_path}/fasthyper/cifar-100"
+    assert states["cifar-10"].startswith("not here: `fasthyper data fetch cifar-10`, or put the files data_batch_1.bin, ")
+    assert f"{fetch.CELEBA_IMAGES} into {tmp_path}/fasthyper/f-celeba, or name another folder" in states["f-celeba"]
+    for name, dataset in fetch.DATASETS.items():
+        assert dataset.about in lines[2 * list(states).index(name) + 1]
 
 
 @pytest.mark.parametrize("layout", ["flat", "aligned"])

@@ -103,7 +103,7 @@ def test_fetch_says_in_one_line_why_every_source_failed_and_what_to_do(home, sou
         fetch("mnist")
     message = str(caught.value)
     assert "\n" not in message and "unreachable 0: no route to host; wrong 1: part0.gz has SHA-256 " in message
-    assert f"put the four files into {home} (part0.gz, part1.gz, part2.gz, part3.gz)" in message
+    assert f"put the files part0.gz, part1.gz, part2.gz, part3.gz into {home}" in message
     assert message.endswith("or use the stream `permuted-digits`, which needs no download")
     assert not home.exists()
 
@@ -188,6 +188,27 @@ def test_fetch_on_a_full_disk_leaves_nothing_behind(home, monkeypatch, sources):
 def test_fetch_unknown_name():
     with pytest.raises(DataError, match="unknown data set 'cifar'; known: mnist"):
         fetch("cifar")
+
+
+@pytest.mark.parametrize("name", [name for name, dataset in fetching.DATASETS.items() if not dataset.sources])
+def test_fetch_of_what_has_no_source_says_which_files_belong_where(tmp_path, name):
+    for given, folder in ((None, data_home() / name), (tmp_path / "mine", tmp_path / "mine")):
+        with pytest.raises(DataError, match=f"^{name} cannot be fetched ") as caught:
+            fetch(name, given)
+        assert all(file in str(caught.value) for file in fetching.DATASETS[name].files)
+        assert str(caught.value).endswith(f"into {folder}") and not folder.exists()
+
+
+def test_missing_files_are_counted_by_contents_or_where_these_are_not_known_by_presence(home, monkeypatch, sources):
+    sources(good)
+    assert fetching.missing("mnist") == list(CONTENTS)
+    fetch("mnist")
+    (home / "part1.gz").write_bytes(b"other")
+    assert fetching.missing("mnist") == ["part1.gz"]
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset({**HASHES, "part1.gz": "", "folder": ""}, {}))
+    assert fetching.missing("mnist") == ["folder"]
+    (home / "folder").mkdir()
+    assert fetching.missing("mnist") == []
 
 
 def test_fetch_from_mirrors(tmp_path, home, monkeypatch):

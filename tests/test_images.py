@@ -105,13 +105,22 @@ def test_views_share_images_here_and_elsewhere():
     assert moved[0] is views[0].to("meta") and views[0].to("cpu") is views[0] and data.to("cpu") is data
 
 
+def test_images_keep_their_rows_where_a_stream_relabels_them():
+    data = some_images()
+    part = data.view(torch.tensor([5, 2, 9]), torch.tensor([7, 4, 7]))
+    (task,) = fh.streams.from_datasets([(part, part)], relabel=True)
+    x, y = task.train.batch(torch.tensor([0, 1]))
+    assert torch.equal(x, data.batch(torch.tensor([5, 2]))[0]) and y.tolist() == [1, 0]
+    assert task.train.choices == (9, 9, 2) and task.num_classes == 2
+
+
 def test_image_data_refuses():
     images, labels = pixels(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
     for wrong in ((images.float(), labels), (images[0], labels[:3]), (images, labels[:3]), (images, labels.float())):
         with pytest.raises(ValueError, match=r"inputs must be uint8 \[n, C, height, width\] and labels int64 \[n\], got"):
             ImageData(*wrong, mean=MEAN, std=STD)
     with pytest.raises(TypeError, match="pixels of ImageData cannot be permuted"):
-        some_images().with_columns(torch.arange(3))
+        some_images().share()
 
 
 def small_trainer(device="cpu", graph=None, **options):

@@ -67,7 +67,9 @@ ALLOWED = {
         ),
         *("progress", "replay_model", "streams", "trainer", "training"),
     },
-    "recipes": {"checkpoint", "errors", "hypernet", "loggers", "nets", "streams", "trainer"},
+    "recipes": {
+        *("checkpoint", "errors", "hypernet", "loggers", "nets", "replay", "replay_model", "streams", "trainer"),
+    },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"compat", "environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
     "compat": {

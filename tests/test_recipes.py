@@ -3,7 +3,7 @@
 import pytest
 
 from fasthyper.recipes import RECIPES
-from fasthyper.recipes.run import build
+from fasthyper.recipes.run import build, build_replay
 
 # inputs, classes, generated weights, chunks, parameters of the hypernetwork with all task embeddings: as in the paper's code
 SIZES = {
@@ -18,6 +18,12 @@ SIZES = {
     "split-cifar-10-100-resnet32": (3072, 10, 468_540, 67, 457_336),
     "split-cifar-10-100-zenke": (3072, 10, 1_276_508, 233, 1_182_678),
 }
+REPLAY_SIZES = {  # inputs, generated weights of a decoder, chunks
+    "split-mnist-cl3-tir": (784, 136_084, 3),
+    "split-mnist-cl3-r": (784, 413_284, 9),
+    "permuted-mnist-10-cl3-tir": (1024, 2_227_024, 27),
+    "permuted-mnist-10-cl3-r": (1024, 651_424, 8),
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -26,3 +32,11 @@ def test_sizes_are_those_of_the_papers_code(name):
     hnet = build(RECIPES[name], num_inputs, num_classes)
     assert (hnet.target.num_weights, hnet.layout.num_chunks) == (num_weights, num_chunks)
     assert sum(p.numel() for p in hnet.parameters() if p.requires_grad) == num_parameters
+
+
+@pytest.mark.parametrize("name", REPLAY_SIZES)
+def test_decoders_are_those_of_the_papers_code(name):
+    num_inputs, num_weights, num_chunks = REPLAY_SIZES[name]
+    hnet = build_replay(RECIPES[name], num_inputs)
+    assert (hnet.target.num_weights, hnet.layout.num_chunks) == (num_weights, num_chunks)
+    assert hnet.num_tasks == RECIPES[name].num_tasks - 1

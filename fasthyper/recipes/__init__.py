@@ -3,6 +3,6 @@
 from fasthyper.recipes.catalogue import RECIPES
 from fasthyper.recipes.measured import measured, with_error
 from fasthyper.recipes.recipe import Recipe
-from fasthyper.recipes.run import run
+from fasthyper.recipes.run import Runner, run
 
-__all__ = ["RECIPES", "Recipe", "measured", "run", "with_error"]
+__all__ = ["RECIPES", "Recipe", "Runner", "measured", "run", "with_error"]

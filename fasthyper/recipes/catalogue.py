@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fasthyper.recipes.recipe import Recipe
 
@@ -65,6 +66,12 @@ _CIFAR = Recipe(
     num_tasks=6,
     heads=True,
 )
+_REPLAY: dict[tuple[str, str], dict[str, Any]] = {  # decoders: hidden layers, chunks, weight of their drift
+    ("split-mnist", "tir"): {"replay_hidden": (50, 150), "replay_chunk_size": 50_000, "replay_beta": 0.01},
+    ("split-mnist", "r"): {"replay_hidden": (250, 350), "replay_chunk_size": 50_000, "replay_beta": 0.01},
+    ("permuted-mnist-10", "tir"): {"replay_hidden": (1000, 1000), "replay_chunk_size": 85_000, "replay_beta": 0.1},
+    ("permuted-mnist-10", "r"): {"replay_hidden": (400, 400), "replay_chunk_size": 85_000, "replay_beta": 0.1},
+}
 
 
 def _of_table_1(base: Recipe) -> list[Recipe]:
@@ -78,6 +85,7 @@ def _of_table_1(base: Recipe) -> list[Recipe]:
             scenario=_SCENARIOS[scenario],
             method=_METHODS[method],
             heads=scenario != "cl2",
+            **_REPLAY.get((base.name, method), {}),
         )
         for scenario, figures in _TABLE_1[base.name].items()
         for method, figure in figures.items()

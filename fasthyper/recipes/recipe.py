@@ -15,6 +15,7 @@ class Recipe:
     ``scenario``: what is known of an example when it is tested: ``"task"`` (its task is told), ``"domain"`` (it is inferred,
     and the label must be right) or ``"class"`` (both must be).
     ``method``: how: ``"entropy"``, ``"gradient"`` (``fh.infer_tasks``), ``"tir"`` or ``"replay"`` (``fh.replay``).
+    ``replay_...``: of the hypernetwork that makes the replay model's decoders; else as the other one's.
     ``epochs``: sets the steps of each task by its size; ``None``: ``steps``.
     ``evaluate_every``: after how many tasks all of them are evaluated; in between, the one just learned.
     """
@@ -56,5 +57,8 @@ class Recipe:
     embedding_init: str = "normal"
     optimizer: str = "adam"
     adam_beta1: float = 0.9
+    replay_hidden: tuple[int, ...] = (50, 150)
+    replay_chunk_size: int = 50_000
+    replay_beta: float = 0.01
     seed: int = 42
     evaluate_every: int = 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
 from fasthyper.recipes.recipe import Recipe
+from fasthyper.replay import HnetR, HnetTIR
+from fasthyper.replay_model import ReplayModel
 from fasthyper.streams.fetch import fetch
 from fasthyper.trainer import Trainer
 
@@ -22,6 +25,9 @@ STREAMS: dict[str, Callable[[Recipe], streams.Stream]] = {
     "permuted-mnist": lambda r: streams.permuted_mnist(r.num_tasks, r.seed, base=r.base, pool=r.pool, data_dir=r.data_dir),
     "split-mnist": lambda r: streams.split_mnist(r.num_tasks, r.seed, base=r.base, pool=r.pool, data_dir=r.data_dir),
     "permuted-digits": lambda r: streams.permuted_digits(r.num_tasks, r.seed),
+    "split-cifar-10": lambda r: streams.split_cifar10(r.num_tasks, augment=r.augment, data_dir=r.data_dir),
+    "split-cifar-10-100": lambda r: streams.split_cifar10_100(r.num_tasks, augment=r.augment, data_dir=r.data_dir),
+    "f-celeba": lambda r: streams.f_celeba(r.num_tasks, r.seed, data_dir=r.data_dir),
 }
 TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
     "mlp": lambda r, num_inputs, num_outputs: nets.MLP(num_inputs, r.target_hidden, num_outputs),
@@ -30,13 +36,16 @@ TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
 }
 
 
+Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, save and have results
+
+
 def run(
     recipe: Recipe,
     out: Path,
     progress: bool = True,
     log: Callable[[str], None] = print,
     loggers: Callable[[], Sequence[Logger]] = list,
-) -> Trainer:
+) -> Runner:
     """Trains ``recipe`` into ``out``, or goes on with it; evaluates the tasks so far after each one.
 
     ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end.
@@ -45,34 +54,33 @@ def run(
         ValueError: a setting that cannot be.  DataError: the data cannot be had.
         CheckpointError: ``out`` holds something else, or the same recipe with other settings.
     """
-    for what, table in (("stream", STREAMS), ("target", TARGETS)):
-        if getattr(recipe, what) not in table:
-            raise ValueError(f"unknown {what} {getattr(recipe, what)!r}; choose from {', '.join(table)}")
+    for what, known in CHOICES.items():
+        if getattr(recipe, what) not in known:
+            raise ValueError(f"unknown {what} {getattr(recipe, what)!r}; choose from {', '.join(known)}")
     claim(out, recipe.name)
     if recipe.stream.endswith("-mnist"):
         fetch(recipe.base, recipe.data_dir, log)  # a first download takes a while, and says what it does
     stream = STREAMS[recipe.stream](recipe)
-    trainer = _trainer(recipe, stream, out, progress)
-    done = len(trainer.results.tasks)
+    runner = _resumed(recipe, out, progress) or _new(recipe, stream, out, progress)
+    done = len(runner.results.tasks)
     if done == len(stream):
         log(f"{out} holds all {done} tasks already; nothing to train")
-    elif done or trainer.current_step:
-        log(f"going on in {out}: {done} of {len(stream)} tasks are done, {trainer.current_step} steps into the next")
-    trainer.loggers = list(loggers()) if done < len(stream) else []
+    elif (out / CHECKPOINT).exists():
+        log(f"going on in {out}: {done} of {len(stream)} tasks are done")
+    runner.loggers = list(loggers()) if done < len(stream) else []
     try:
-        if done and (done - 1) not in trainer.results.accuracy:
-            trainer.evaluate(_due(recipe, stream, done))
+        if done and (done - 1) not in runner.results.accuracy:
+            runner.evaluate(_due(recipe, stream, done))
         for task in stream[done:]:
             steps = recipe.steps if recipe.epochs is None else recipe.epochs * max(1, len(task.train) // recipe.batch_size)
-            trainer.fit(task, steps=steps, batch_size=recipe.batch_size)
-            accuracies = trainer.evaluate(_due(recipe, stream, task.index + 1))
-            mean = sum(accuracies) / len(accuracies)
-            over = f", mean over {len(accuracies)} tasks {100 * mean:.2f} %" if len(accuracies) > 1 else ""
-            log(f"    accuracy {100 * accuracies[-1]:.2f} %{over}")
+            runner.fit(task, steps=steps, batch_size=recipe.batch_size)
+            found = runner.evaluate(_due(recipe, stream, task.index + 1))
+            over = f", mean over {len(found)} tasks {percent(sum(found) / len(found))}" if len(found) > 1 else ""
+            log(f"    accuracy {percent(found[-1])}{over}")
     finally:
-        for logger in trainer.loggers:
+        for logger in runner.loggers:
             logger.close()
-    return trainer
+    return runner
 
 
 def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
@@ -80,25 +88,69 @@ def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
     return stream[:done] if done % recipe.evaluate_every == 0 or done == len(stream) else stream[done - 1 : done]
 
 
-def _trainer(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) -> Trainer:
-    """The trainer saved in ``out`` if there is one, of the same settings; else a new one."""
-    settings = json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
-    if (out / CHECKPOINT).exists():
-        trainer = Trainer.load(out, out=out, progress=progress)
-        found = trainer.config["settings"] or {}
-        other = [f"{key} is {found.get(key)} there, {new} here" for key, new in settings.items() if found.get(key) != new]
-        if other:
-            raise CheckpointError(f"{out} holds a run with other settings ({'; '.join(other)}); name another directory")
+def _resumed(recipe: Recipe, out: Path, progress: bool) -> Runner | None:
+    """What ``out`` holds, if it holds anything: a run of the same settings."""
+    if not (out / CHECKPOINT).exists():
+        return None
+    runner: Runner = class_of(recipe).load(out, out=out, progress=progress)
+    found = runner.config["settings"] or {}
+    other = [f"{k} is {found.get(k)} there, {new} here" for k, new in settings(recipe).items() if found.get(k) != new]
+    if other:
+        raise CheckpointError(f"{out} holds a run with other settings ({'; '.join(other)}); name another directory")
+    return runner
+
+
+def class_of(recipe: Recipe) -> type[Trainer] | type[HnetTIR] | type[HnetR]:
+    """What trains it. Where tasks are told, nothing has to tell them: HNET+TIR is the trainer alone."""
+    if recipe.method == "replay":
+        return HnetR
+    return HnetTIR if recipe.method == "tir" and recipe.scenario != "task" else Trainer
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What a run keeps of its recipe, JSON-ready."""
+    return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
+
+
+def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) -> Runner:
+    num_inputs, num_classes = stream[0].train.shape[1:].numel(), stream[0].num_classes
+    common: dict[str, Any] = {"name": recipe.name, "settings": settings(recipe), "progress": progress, "out": out}
+    alone = class_of(recipe) is Trainer
+    if class_of(recipe) is not HnetR:
+        trainer = Trainer(
+            build(recipe, num_inputs, num_classes),
+            infer=recipe.method if alone and recipe.scenario != "task" else None,
+            optimizer_options={"betas": (recipe.adam_beta1, 0.999)} if recipe.adam_beta1 != 0.9 else None,
+            **{key: getattr(recipe, key) for key in TRAINER},
+            **(common if alone else {"progress": progress}),
+        )
+    if alone:
         return trainer
-    hnet = build(recipe, stream[0].train.shape[1:].numel(), stream[0].num_classes)
-    return Trainer(
-        hnet,
-        out=out,
-        name=recipe.name,
-        settings=settings,
-        progress=progress,
-        infer=None if recipe.scenario == "task" else recipe.method,
-        **{key: getattr(recipe, key) for key in TRAINER},
+    replay = ReplayModel(
+        build_replay(recipe, num_inputs), lr=recipe.lr, beta=recipe.replay_beta, seed=recipe.seed, progress=progress
+    )
+    if class_of(recipe) is HnetTIR:
+        net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, recipe.num_tasks), recipe.seed)
+        return HnetTIR(replay, net, trainer, lr=recipe.lr, seed=recipe.seed, **common)
+    num_outputs = num_classes * (1 if recipe.scenario == "domain" else recipe.num_tasks)
+    net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, num_outputs), recipe.seed)
+    return HnetR(replay, net, scenario=recipe.scenario, classes=num_classes, lr=recipe.lr, seed=recipe.seed, **common)
+
+
+def build_replay(recipe: Recipe, num_inputs: int) -> ChunkedHypernet:
+    """The hypernetwork of a recipe's decoders; the last task is never replayed."""
+    vae = nets.VAE(num_inputs, recipe.target_hidden, recipe.replay_hidden)
+    return ChunkedHypernet(
+        nets.xavier_(vae, recipe.seed),
+        recipe.num_tasks - 1,
+        chunk_size=recipe.replay_chunk_size,
+        hidden=recipe.hidden,
+        task_dim=recipe.task_dim,
+        chunk_dim=recipe.chunk_dim,
+        activation="elu",
+        generate="decoder.*",
+        rest="trained",
+        seed=recipe.seed,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from fasthyper.streams.images import ImageData
 from fasthyper.streams.stream import Stream, Task, TaskData, as_task_data
 
 
@@ -105,7 +106,11 @@ def _stream(name: str, num_tasks: int, pair: Callable[[int], tuple[Any, Any]], r
 
 def _relabelled(*parts: TaskData) -> list[TaskData]:
     classes: Tensor = torch.cat([part.labels for part in parts]).unique()  # ascending
-    return [TaskData(part.inputs, torch.searchsorted(classes, part.labels), part.columns) for part in parts]
+    labels = [torch.searchsorted(classes, part.labels) for part in parts]
+    return [
+        part.view(torch.arange(len(part)), own) if isinstance(part, ImageData) else TaskData(part.inputs, own, part.columns)
+        for part, own in zip(parts, labels, strict=True)
+    ]
 
 
 def _same_length(what: str, train: Any, test: Any) -> None:

