@@ -1,13 +1,14 @@
-"""Many tasks in one go: accuracies of several, and which task an example is of."""
+"""Many tasks in one go: accuracies or errors of several, and which task an example is of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.losses import targets_for
 from fasthyper.mixed import MOST_WEIGHTS, may_vmap, remember_vmap, run_together
 from fasthyper.streams.batches import to_device
 from fasthyper.streams.stream import TaskData
@@ -63,10 +64,35 @@ def accuracies_on(hnet: ChunkedHypernet, pairs: Sequence[Pair], among: Sequence[
     """
     hnet.eval()
     if among is None:
-        hits = [hit for group in _groups(hnet, pairs) for hit in _hits(hnet, group)]
+        hits = _sums(hnet, pairs, _hits)
     else:
         hits = [_inferred_hits(hnet, task, data.to(hnet.basis.device), among) for task, data in pairs]
-    numbers = torch.stack(hits).tolist() if hits else []
+    return _means(hits, pairs)
+
+
+@torch.no_grad()
+def errors_on(hnet: ChunkedHypernet, pairs: Sequence[Pair]) -> list[float]:
+    """Mean squared error on the data of each (task, data), summed in float64; otherwise as ``accuracies_on``.
+
+    Raises:
+        ValueError: there are not as many targets as outputs.
+    """
+    hnet.eval()
+    return _means(_sums(hnet, pairs, _squares), pairs)
+
+
+def _hits(outputs_KBC: Tensor, labels_KB: Tensor) -> Tensor:
+    """How many examples of each task are right, int64 ``[K]``."""
+    return (outputs_KBC.argmax(2) == labels_KB).sum(1)
+
+
+def _squares(outputs_KBO: Tensor, targets_KBO: Tensor) -> Tensor:
+    """Squared errors, means over outputs, summed over the examples of each task, float64 ``[K]``."""
+    return (outputs_KBO - targets_for(outputs_KBO, targets_KBO)).double().square().flatten(2).mean(2).sum(1)
+
+
+def _means(sums: Sequence[Tensor], pairs: Sequence[Pair]) -> list[float]:
+    numbers = torch.stack(list(sums)).tolist() if sums else []
     return [number / len(data) for number, (_, data) in zip(numbers, pairs, strict=True)]
 
 
@@ -83,14 +109,17 @@ def _groups(hnet: ChunkedHypernet, pairs: Sequence[Pair]) -> Iterator[list[Pair]
         yield group
 
 
-def _hits(hnet: ChunkedHypernet, group: Sequence[Pair]) -> Sequence[Tensor]:
-    """How many examples of each task are right, int64 ``[]``."""
-    together = _Together(hnet, [task for task, _ in group])
-    hits_K = torch.zeros(len(group), dtype=torch.int64, device=hnet.basis.device)
-    for indices in torch.arange(len(group[0][1]), device=hits_K.device).split(BATCH):
-        x, labels = zip(*(data.batch(indices) for _, data in group), strict=True)
-        hits_K += (together([part.to(hnet.basis.dtype) for part in x]).argmax(2) == torch.stack(labels)).sum(1)
-    return hits_K.unbind()
+def _sums(hnet: ChunkedHypernet, pairs: Sequence[Pair], add: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """``add`` of outputs and labels of each task, ``[]``, summed over batches."""
+    sums: list[Tensor] = []
+    for group in _groups(hnet, pairs):
+        together = _Together(hnet, [task for task, _ in group])
+        parts = []
+        for indices in torch.arange(len(group[0][1]), device=hnet.basis.device).split(BATCH):
+            x, labels = zip(*(data.batch(indices) for _, data in group), strict=True)
+            parts.append(add(together([part.to(hnet.basis.dtype) for part in x]), torch.stack(labels)))
+        sums += torch.stack(parts).sum(0).unbind()
+    return sums
 
 
 def _inferred_hits(hnet: ChunkedHypernet, task: int, data: TaskData, among: Sequence[int]) -> Tensor:

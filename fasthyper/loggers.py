@@ -19,11 +19,15 @@ class Logger:
     Args:
         every: steps between calls of ``on_step``.
 
+    ``measure``: what evaluations hold, ``"accuracy"`` or ``"mse"``; the trainer sets it.
+
     Numbers arrive as Python floats that are read from the device anyway; from a GPU some steps late, but all in order.
 
     Raises:
         ValueError: ``every`` below 1.
     """
+
+    measure = "accuracy"
 
     def __init__(self, every: int = 10):
         if every < 1:
@@ -37,7 +41,7 @@ class Logger:
         """After the last step of a task."""
 
     def on_evaluate(self, trained: int, accuracies: Mapping[int, float], total: int) -> None:
-        """After an evaluation: accuracies, fractions, by task, once ``trained`` was the last task trained."""
+        """After an evaluation: accuracies, fractions, or errors, by task, once ``trained`` was the last task trained."""
 
     def close(self) -> None:
         """Writes what is left; nothing is called afterwards."""
@@ -45,6 +49,8 @@ class Logger:
 
 class CSVLogger(Logger):
     """One CSV file, a row per ``event`` (``step``, ``task_end`` or ``evaluate``); what an event has no value for is empty.
+
+    An evaluation fills ``accuracy``, or ``loss`` where it measures errors.
 
     Args:
         path: of the file; its folder is made. A run that goes on appends, so a step that is taken again has two rows.
@@ -81,7 +87,8 @@ class CSVLogger(Logger):
     def on_evaluate(self, trained: int, accuracies: Mapping[int, float], total: int) -> None:
         for task, accuracy in accuracies.items():
             row = {"event": "evaluate", "task": trained, "total_step": total}
-            self._rows.writerow({**row, "evaluated": task, "accuracy": accuracy})
+            column = "accuracy" if self.measure == "accuracy" else "loss"
+            self._rows.writerow({**row, "evaluated": task, column: accuracy})
 
     def close(self) -> None:
         self._file.close()
@@ -115,7 +122,7 @@ class TensorBoardLogger(Logger):
         self._writer.flush()
 
     def on_evaluate(self, trained: int, accuracies: Mapping[int, float], total: int) -> None:
-        self._add(_of_evaluation(accuracies), total)
+        self._add(_of_evaluation(accuracies, self.measure), total)
         self._writer.flush()
 
     def close(self) -> None:
@@ -153,7 +160,7 @@ class WandbLogger(Logger):
         self._run.log({"task/seconds": record.seconds}, step=total)
 
     def on_evaluate(self, trained: int, accuracies: Mapping[int, float], total: int) -> None:
-        self._run.log(_of_evaluation(accuracies), step=total)
+        self._run.log(_of_evaluation(accuracies, self.measure), step=total)
 
     def close(self) -> None:
         self._run.finish()
@@ -163,9 +170,9 @@ def _of_step(loss: float, drift: float) -> dict[str, float]:
     return {"train/loss": loss} if math.isnan(drift) else {"train/loss": loss, "train/drift": drift}
 
 
-def _of_evaluation(accuracies: Mapping[int, float]) -> dict[str, float]:
-    each = {f"accuracy/task_{task:03}": accuracy for task, accuracy in accuracies.items()}
-    return {"accuracy/mean": sum(accuracies.values()) / len(accuracies), **each} if each else {}
+def _of_evaluation(accuracies: Mapping[int, float], measure: str) -> dict[str, float]:
+    each = {f"{measure}/task_{task:03}": accuracy for task, accuracy in accuracies.items()}
+    return {f"{measure}/mean": sum(accuracies.values()) / len(accuracies), **each} if each else {}
 
 
 # where a run's directory keeps its logs, and what writes them there: (that place, name of the run, its settings) -> logger

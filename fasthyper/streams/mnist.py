@@ -1,4 +1,4 @@
-"""Permuted and split MNIST, from the four original files."""
+"""Permuted and split MNIST, Fashion-MNIST and KMNIST, from their four original files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,77 +17,123 @@ from torch.nn.functional import pad
 
 from fasthyper.errors import DataError
 from fasthyper.streams.fetch import fetch
-from fasthyper.streams.stream import Device, Stream, Task, TaskData, permuted_stream
+from fasthyper.streams.stream import Device, Stream, Task, TaskData, check_scenario, permuted_stream, task_classes
 
 Pair = tuple[Tensor, Tensor]
+Folder = str | os.PathLike[str] | None
+BASES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "kmnist": "KMNIST"}
 
 
 def permuted_mnist(
     num_tasks: int = 10,
     seed: int = 42,
     *,
-    padding: int = 2,
-    data_dir: str | os.PathLike[str] | None = None,
+    base: str = "mnist",
+    pool: int = 1,
+    padding: int | None = None,
+    permutations: Sequence[Any] | None = None,
+    permute_labels: bool = False,
+    scenario: str = "task",
+    data_dir: Folder = None,
     device: Device = "cpu",
 ) -> Stream:
-    """Ten digits per task, the pixels in an order of the task's own; the first task has the original order.
+    """Ten classes per task, the pixels in an order of the task's own; the first task has the original order.
 
     Args:
         num_tasks: at least 1. Task t is the same whatever their number.
-        seed: of the pixel orders.
-        padding: zeros around each 28x28 image, in pixels: inputs are ``[n, (28 + 2 * padding)**2]``, here 1024.
+        seed: of the pixel orders, and of the permutations of labels.
+        base: ``"mnist"``, ``"fashion"`` or ``"kmnist"``.
+        pool: images are reduced to means over squares of that many pixels a side, rounded to a byte; it divides 28.
+        padding: zeros around each image after that, in pixels: inputs are ``[n, (28 / pool + 2 * padding)**2]``. ``None``:
+            2, so 1024 inputs, or 0 for pooled images.
+        permutations: the pixel order of each task, also the first, int64 ``[C]`` of all C inputs; looked up when the task is
+            made. ``None``: drawn with ``seed``.
+        permute_labels: whether labels are permuted in each task but the first.
+        scenario: ``"task"`` (a head per task) and ``"domain"`` (one head for all) number each task's classes 0..9,
+            ``"class"`` from 10 t.
         data_dir: folder with the four ``*-ubyte.gz`` files; ``None``: the cache, filled on first use.
-        device: where the data lie. All tasks share one uint8 tensor.
+        device: where the data lie. All tasks share one uint8 tensor; a task of its own has a permutation only.
 
     Raises:
-        ValueError: ``num_tasks`` or ``padding`` out of range.  DataError: the files are damaged or cannot be had.
+        ValueError: an option out of its range.  DataError: the files are damaged or cannot be had.
     """
+    padding = (2 if pool == 1 else 0) if padding is None else padding
     if padding < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
     train, test = (
-        TaskData(pad(images, [padding] * 4).flatten(1).to(device), labels.to(device)) for images, labels in _load(data_dir)
+        TaskData(pad(images, [padding] * 4).flatten(1).to(device), labels.to(device))
+        for images, labels in _load(base, pool, data_dir)
     )
-    return permuted_stream("permuted-mnist", num_tasks, seed, train, test, num_classes=10)
+    options: dict[str, Any] = {"permutations": permutations, "permute_labels": permute_labels, "scenario": scenario}
+    return permuted_stream(f"permuted-{base}", num_tasks, seed, train, test, num_classes=10, **options)
 
 
-def split_mnist(num_tasks: int = 5, *, data_dir: str | os.PathLike[str] | None = None, device: Device = "cpu") -> Stream:
-    """Two digits per task: task t tells 2t (label 0) from 2t+1 (label 1). Inputs are ``[n, 784]``.
+def split_mnist(
+    num_tasks: int = 5,
+    seed: int = 42,
+    *,
+    base: str = "mnist",
+    pool: int = 1,
+    permute_labels: bool = False,
+    scenario: str = "task",
+    data_dir: Folder = None,
+    device: Device = "cpu",
+) -> Stream:
+    """Two classes per task: task t tells class 2t (label 0) from 2t+1 (label 1). Inputs are ``[n, (28 / pool)**2]``, 784.
 
     Args:
         num_tasks: 1..5.
-        data_dir, device: as for ``permuted_mnist``.
+        seed: of the permutations of labels.
+        scenario: as for ``permuted_mnist``; labels of ``"class"`` are 2t and 2t+1.
+        base, pool, permute_labels, data_dir, device: as for ``permuted_mnist``.
 
     Raises:
-        ValueError: ``num_tasks`` out of range.  DataError: the files are damaged or cannot be had.
+        ValueError: an option out of its range.  DataError: the files are damaged or cannot be had.
     """
     if not 1 <= num_tasks <= 5:
         raise ValueError(f"split MNIST has 1 to 5 tasks, got num_tasks={num_tasks}")
-    train, test = _load(data_dir)
-
-    def digits(pair: Pair, first: int) -> TaskData:
-        images, labels = pair
-        chosen = (labels == first) | (labels == first + 1)
-        return TaskData(images[chosen].flatten(1).to(device), labels[chosen].to(device) - first)
+    check_scenario(scenario)
+    train, test = _load(base, pool, data_dir)
 
     def make_task(index: int) -> Task:
-        first = 2 * index
-        return Task(index, digits(train, first), digits(test, first), 2, f"split-mnist/{first}-{first + 1}")
+        first, classes = 2 * index, task_classes(2, index, seed, permute_labels, scenario)
 
-    return Stream("split-mnist", num_tasks, make_task)
+        def part(pair: Pair) -> TaskData:
+            images, labels = pair
+            chosen = (labels == first) | (labels == first + 1)
+            return TaskData(images[chosen].flatten(1).to(device), labels[chosen] - first, classes=classes)
+
+        bound = first + 2 if scenario == "class" else 2
+        return Task(index, part(train), part(test), bound, f"split-{base}/{first}-{first + 1}")
+
+    return Stream(f"split-{base}", num_tasks, make_task)
 
 
-def _load(data_dir: str | os.PathLike[str] | None) -> tuple[Pair, Pair]:
-    """Training and test pair: images, uint8 ``[n, 28, 28]``, and labels, int64 ``[n]``."""
-    folder = fetch("mnist", data_dir)
+def _load(base: str, pool: int, data_dir: Folder) -> tuple[Pair, Pair]:
+    """Training and test pair: images, uint8 ``[n, 28 / pool, 28 / pool]``, and labels, int64 ``[n]``."""
+    if base not in BASES:
+        raise ValueError(f"unknown base {base!r}; choose from {', '.join(BASES)}")
+    if pool < 1 or 28 % pool:
+        raise ValueError(f"pool must be 1, 2, 4, 7, 14 or 28, got {pool}")
+    folder = fetch(base, data_dir)
 
     def pair(prefix: str) -> Pair:
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() > 9:
-            raise DataError(f"{folder}: {prefix} images {list(images.shape)} and labels {list(labels.shape)} are not MNIST")
-        return images, labels.long()
+            shapes = f"{prefix} images {list(images.shape)} and labels {list(labels.shape)}"
+            raise DataError(f"{folder}: {shapes} are not {BASES[base]}")
+        return _pooled(images, pool), labels.long()
 
     return pair("train"), pair("t10k")
+
+
+def _pooled(images: Tensor, side: int) -> Tensor:
+    """Means over squares, rounded half up: exact, in integers."""
+    if side == 1:
+        return images
+    sums = images.unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4), dtype=torch.int32)
+    return ((sums + side**2 // 2) // side**2).byte()
 
 
 def read_idx(path: Path) -> Tensor:
