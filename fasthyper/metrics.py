@@ -111,11 +111,20 @@ class TaskRecord:
 
 @dataclass
 class Results:
-    """Everything measured in a run; grows as tasks are trained and evaluated."""
+    """Everything measured in a run; grows as tasks are trained and evaluated.
+
+    ``forgotten``: each task that ``Trainer.forget`` made the network forget, and the task last trained by then.
+    """
 
     tasks: list[TaskRecord] = field(default_factory=list)
     accuracy: dict[int, dict[int, float]] = field(default_factory=dict)
     peak_memory: int = 0
+    forgotten: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def held(self) -> list[int]:
+        """The tasks trained and not forgotten on purpose."""
+        return [task for task in range(len(self.tasks)) if task not in self.forgotten]
 
     @property
     def matrix(self) -> list[list[float]]:
@@ -133,8 +142,13 @@ class Results:
         return _mean([task.seconds for task in self.tasks])
 
     def scores(self) -> dict[str, float]:
-        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes."""
-        matrix = self.matrix
+        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes.
+
+        Accuracies are those of tasks that were not forgotten on purpose.
+        """
+        full, held = self.matrix, self.held
+        rows = [*held[:-1], len(full) - 1] if held else []  # the last is what came of them all
+        matrix = [[full[i][j] for j in held] for i in rows]
         return {
             "acc": acc(matrix),
             "bwt": bwt(matrix),
@@ -150,6 +164,8 @@ class Results:
         """The accuracy matrix in percent and the scores, as plain text; each score names its definition."""
         scores = self.scores()
         lines = [*self._matrix_lines(), ""]
+        if self.forgotten:
+            lines.append(f"forgotten on purpose, not in the scores: {', '.join(map(str, sorted(self.forgotten)))}")
         for label, key, definition in (
             ("ACC", "acc", "mean accuracy after the last task"),
             ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}"),
@@ -184,7 +200,8 @@ class Results:
         """The results that ``to_json`` wrote, exactly."""
         tasks = [TaskRecord.from_json(task) for task in data["tasks"]]
         accuracy = {int(i): {int(j): x for j, x in row.items()} for i, row in data["accuracy"].items()}
-        return cls(tasks, accuracy, data["peak_memory"])
+        forgotten = {int(task): last for task, last in data.get("forgotten", {}).items()}  # older files have none
+        return cls(tasks, accuracy, data["peak_memory"], forgotten)
 
 
 def _percent(value: float) -> str:
