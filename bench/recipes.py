@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fasthyper.checkpoint import read_results
-from fasthyper.metrics import Results
+from fasthyper.metrics import MEASURES, Results
 from fasthyper.recipes import RECIPES
 
 FILE = Path(__file__).parent / "results" / "recipes.json"
@@ -38,23 +39,27 @@ def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
         for key in wanted.keys() - FREE:
             if config.get(key) != wanted[key]:
                 raise ValueError(f"{directory}: {key} is {config.get(key)}, in the recipe {wanted[key]}")
-        if len(results.tasks) != wanted["num_tasks"] or results.scores()["acc"] != results.scores()["acc"]:
+        if len(results.tasks) != wanted["num_tasks"] or math.isnan(score(results)):
             raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
         runs[config["seed"]] = results, content["environment"]
     seeds = sorted(runs)
-    scores = [runs[seed][0].scores() for seed in seeds]
     environment = runs[seeds[0]][1]
     threads = int(environment["threads"])
     return {
         "seeds": seeds,
-        "score": [score["acc"] for score in scores],
-        "largest_drop": [score["largest_drop"] for score in scores],
+        "score": [score(runs[seed][0]) for seed in seeds],
+        "largest_drop": [runs[seed][0].scores()["largest_drop"] for seed in seeds],
         "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
-        "measure": "accuracy",
+        "measure": runs[seeds[0]][0].measure,
         "where": f"{threads} thread{'s' if threads > 1 else ''} of {environment['machine'].split(',')[0]}",
         "steps": sum(task.steps for task in runs[seeds[0]][0].tasks),
         "environments": [runs[seed][1] for seed in seeds],
     }
+
+
+def score(results: Results) -> float:
+    """Mean accuracy, or error, over all tasks after the last one."""
+    return results.scores()[MEASURES[results.measure].key]
 
 
 def main() -> None:

@@ -50,6 +50,12 @@ class TaskStatistics(nn.Module):
         """All numbers and all counts of ``task``; written to as it trains."""
         return self.get_buffer(f"values_{task}"), self.get_buffer(f"counts_{task}")
 
+    @torch.no_grad()
+    def reset(self, task: int) -> None:
+        """Takes ``task`` back to the statistics that a new task gets."""
+        for row, first in zip(self.rows(task), (self.first_values, self.first_counts), strict=True):
+            row.copy_(first)
+
     def of(self, task: int) -> dict[str, Tensor]:
         """The buffers of ``task``, views of its rows."""
         return self._named(*self.rows(task), batch=())

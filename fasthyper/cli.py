@@ -128,9 +128,8 @@ def _run(args: argparse.Namespace) -> None:
             f"\n{args.seeds} seeds: {with_error([entry['acc'] for entry in scores], measure)}, mean and its standard error"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        log(
-            f"results in {out}; for a report: pip install 'fasthyper[plot]', then fasthyper report {' '.join(map(str, runs))}"
-        )
+        where = " ".join(map(str, runs))
+        log(f"results in {out}; for a report: pip install 'fasthyper[plot]', then fasthyper report {where}")
     else:
         log(f"report: {_write_report(list(runs), out)}")
 

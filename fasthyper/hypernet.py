@@ -96,7 +96,7 @@ class ChunkedHypernet(HoldsTarget):
         if rest not in ("frozen", "trained"):
             raise ValueError(f"rest must be 'frozen' or 'trained', got {rest!r}")
         self.hold(Target(target, outputs_per_task, generate=generate, rest=rest, dtype=dtype))
-        if grow_heads and not self.target.can_add_head:
+        if grow_heads and not self.target.generates_heads:
             raise ValueError("grow_heads needs outputs_per_task, and a last layer that is generated")
         matrices = self.target.matrices() if layout == "aligned" else []
         self.layout = Layout(self.target.num_weights, chunk_size or self.target.num_weights, self.target.heads, matrices)

@@ -154,12 +154,19 @@ class Results:
     """Everything measured in a run; grows as tasks are trained and evaluated.
 
     ``accuracy[i][j]`` is R of ``measure``, a key of ``MEASURES``.
+    ``forgotten``: each task that ``Trainer.forget`` made the network forget, and the task last trained by then.
     """
 
     tasks: list[TaskRecord] = field(default_factory=list)
     accuracy: dict[int, dict[int, float]] = field(default_factory=dict)
     peak_memory: int = 0
     measure: str = "accuracy"
+    forgotten: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def held(self) -> list[int]:
+        """The tasks trained and not forgotten on purpose."""
+        return [task for task in range(len(self.tasks)) if task not in self.forgotten]
 
     @property
     def matrix(self) -> list[list[float]]:
@@ -179,9 +186,12 @@ class Results:
     def scores(self) -> dict[str, float]:
         """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes.
 
-        Of errors, ACC is NaN and ``"mse"`` the mean after the last task; the others are of their negatives.
+        All are of the tasks that were not forgotten on purpose. Of errors, ACC is NaN and ``"mse"`` the mean after the last
+        task; the others are of their negatives.
         """
-        matrix, measure = self.matrix, MEASURES[self.measure]
+        measure, full, held = MEASURES[self.measure], self.matrix, self.held
+        rows = [*held[:-1], len(full) - 1] if held else []  # the last is what came of them all
+        matrix = [[full[i][j] for j in held] for i in rows]
         mean = {"acc": math.nan, measure.key: acc(matrix)}
         if measure.is_error:
             matrix = [[-x for x in row] for row in matrix]
@@ -201,6 +211,8 @@ class Results:
         scores, measure = self.scores(), MEASURES[self.measure]
         of = ", of the error's negative" if measure.is_error else ""
         lines = [*self._matrix_lines(), ""]
+        if self.forgotten:
+            lines.append(f"forgotten on purpose, not in the scores: {', '.join(map(str, sorted(self.forgotten)))}")
         for label, key, definition in (
             (measure.key.upper(), measure.key, measure.definition),
             ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}{of}"),
@@ -242,4 +254,5 @@ class Results:
         measure = data.get("measure", "accuracy")  # runs of before there were others have none
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
-        return cls(tasks, accuracy, data["peak_memory"], measure)
+        forgotten = {int(task): last for task, last in data.get("forgotten", {}).items()}
+        return cls(tasks, accuracy, data["peak_memory"], measure, forgotten)

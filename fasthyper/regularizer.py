@@ -48,27 +48,30 @@ class OutputRegularizer:
         self.num_past = 0
 
     @torch.no_grad()
-    def snapshot(self, num_past: int, theta: Sequence[Tensor] | None = None, embeddings: Tensor | None = None) -> None:
-        """Remembers what tasks ``0 .. num_past-1`` generate now: the basis and their features, never their weights.
+    def snapshot(
+        self, past: int | Sequence[int], theta: Sequence[Tensor] | None = None, embeddings: Tensor | None = None
+    ) -> None:
+        """Remembers what past tasks generate now: the basis and their features, never their weights.
 
         Args:
-            num_past: T.
+            past: T, for tasks ``0 .. T-1``; or T tasks, which are then tasks ``0 .. T-1`` to all other methods.
             theta: stands in for ``hnet.theta``, in the same order.
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings.
 
         Raises:
-            ValueError: fewer tasks than ``num_past``.
+            ValueError: fewer tasks than that.  IndexError: no such task.
         """
-        if num_past > self.hnet.num_tasks:
-            raise ValueError(f"snapshot of {num_past} past tasks, but the hypernetwork has {self.hnet.num_tasks}")
-        self.num_past, self._num_heads = num_past, self.hnet.target.num_heads
+        if isinstance(past, int) and past > self.hnet.num_tasks:
+            raise ValueError(f"snapshot of {past} past tasks, but the hypernetwork has {self.hnet.num_tasks}")
+        self._tasks = range(past) if isinstance(past, int) else list(past)
+        self.num_past, self._num_heads = len(self._tasks), self.hnet.target.num_heads
         self.theta0 = [p.detach().clone() for p in (self.hnet.theta if theta is None else theta)]
-        self.embeddings0 = (self.hnet.embeddings(range(num_past)) if embeddings is None else embeddings).detach().clone()
-        self._all = self._plan(range(num_past))
+        self.embeddings0 = (self.hnet.embeddings(self._tasks) if embeddings is None else embeddings).detach().clone()
+        self._all = self._plan(range(self.num_past))
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
         if len(self.theta0) > 2:  # without a trunk nothing of the size of all features is made, now or later
-            self._pre0, self._gram0 = self._run_trunk0(num_past)
+            self._pre0, self._gram0 = self._run_trunk0(self.num_past)
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
         """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""
@@ -191,11 +194,11 @@ class OutputRegularizer:
         """What ``restore`` needs: the snapshot's theta, then its embeddings."""
         return [*self.theta0, self.embeddings0]
 
-    def restore(self, num_past: int, state: Sequence[Tensor]) -> None:
-        """Takes over a snapshot of ``num_past`` tasks that ``state`` gave."""
+    def restore(self, past: int | Sequence[int], state: Sequence[Tensor]) -> None:
+        """Takes over a snapshot of ``past`` that ``state`` gave."""
         device = self.hnet.basis.device
         *theta, embeddings = (tensor.to(device) for tensor in state)
-        self.snapshot(num_past, theta, embeddings)
+        self.snapshot(past, theta, embeddings)
 
     def _rows(
         self, name: str, given: Tensor | Sequence[Tensor] | None, tasks: Sequence[int] | Tensor | None
@@ -219,6 +222,7 @@ class OutputRegularizer:
         return given if tasks is None else [given[int(task)] for task in tasks]
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
+        tasks = [self._tasks[task] for task in tasks]
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
 
 

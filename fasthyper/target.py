@@ -167,6 +167,25 @@ class Target:
         own = torch.tensor(tasks, device=outputs.device)
         return outputs.unflatten(2, (-1, self.outputs_per_task))[torch.arange(len(own), device=own.device), :, own]
 
+    def with_own_head_first(self, weights: dict[str, Tensor], task: int) -> dict[str, Tensor]:
+        """A task's weights, made with all heads, its own head in the place of the first one."""
+        if self._layer_heads is None:
+            return weights
+        own = slice(task * self._layer_heads.per_task, (task + 1) * self._layer_heads.per_task)
+        moved = {
+            name: torch.cat([weights[name][own], weights[name][own.stop - own.start :]]) for name in self._layer_heads.layer
+        }
+        return {**weights, **moved}
+
+    def own_labels(self, labels: Tensor, task: int) -> Tensor:
+        """Class numbers ``[...]`` as the task's own head of C outputs counts them, from 0.
+
+        Those of class-incremental data, ``task * C + c``, become c; those that count from 0 stay, as all do without heads,
+        and as targets of a regression do.
+        """
+        first = task * (self.outputs_per_task or 0)
+        return torch.where(labels >= first, labels - first, labels) if first and not labels.is_floating_point() else labels
+
     def matrices(self) -> list[Matrix]:
         """The weights of linear and convolutional layers, a row per output (or per input, where they are transposed)."""
         layers = (nn.Linear, nn.modules.conv._ConvNd)
@@ -204,7 +223,7 @@ class Target:
         return {name: list(shape) for name, shape in self.shapes_by_name.items()}
 
     @property
-    def can_add_head(self) -> bool:
+    def generates_heads(self) -> bool:
         """Whether tasks have heads, and all of the last layer is generated."""
         return self._layer_heads is not None and set(self._layer_heads.layer) <= set(self.shapes_by_name)
 

@@ -18,7 +18,7 @@ from fasthyper.errors import NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.inference import accuracies_on, errors_on
+from fasthyper.inference import METHODS, accuracies_on, errors_on
 from fasthyper.interrupt import deferred_interrupt
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import look_ahead, make_capturable, take_step
@@ -60,6 +60,9 @@ class Trainer:
         schedule: of all learning rates within a task: ``"constant"``, or ``"cosine"``: in step s of n, counted from 0, they
             are ``(1 + cos(pi s / n)) / 2`` of what was given, also in the look-ahead. n are the steps planned.
         loss: of a task: ``"cross_entropy"``, for class numbers, or ``"mse"``, for floating-point targets.
+        embedding_init: how the embedding of a new task begins: ``"normal"``, as drawn; ``"previous"``, as that of the last
+            task that is not forgotten.
+        infer: how ``evaluate`` finds the tasks of examples, as its ``infer``; ``None``: they are told.
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
         graph: whether a step is one launch of a CUDA graph, captured anew for each task, with the same numbers; ``None``: on
@@ -76,8 +79,8 @@ class Trainer:
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
 
     Raises:
-        ValueError: unknown optimizer or schedule, a negative number where none can be, or ``graph=True`` elsewhere than on
-            CUDA or with a schedule.
+        ValueError: unknown optimizer, schedule or ``embedding_init``, a negative number where none can be, or ``graph=True``
+            elsewhere than on CUDA or with a schedule.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Trainer:
         optimizer_options: dict[str, Any] | None = None,
         schedule: str = "constant",
         loss: str = "cross_entropy",
+        embedding_init: str = "normal",
+        infer: str | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         graph: bool | None = None,
@@ -107,10 +112,14 @@ class Trainer:
             raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+        if embedding_init not in ("normal", "previous"):
+            raise ValueError(f"embedding_init must be 'normal' or 'previous', got {embedding_init!r}")
         if graph and schedule != "constant":
             raise ValueError(f"a CUDA graph keeps its learning rate: schedule={schedule!r} needs graph=False or None")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
+        if infer not in (None, *METHODS):
+            raise ValueError(f"infer must be None or one of {', '.join(METHODS)}, got {infer!r}")
         if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
             raise ValueError("lr and lr_embedding must be positive, beta and seed not negative, reg_tasks at least 1")
         self.config: dict[str, Any] = {
@@ -124,6 +133,8 @@ class Trainer:
             "optimizer_options": dict(optimizer_options or {}),
             "schedule": schedule,
             "loss": loss,
+            "embedding_init": embedding_init,
+            "infer": infer,
             "seed": seed,
             "name": name,
             "settings": settings,
@@ -134,7 +145,7 @@ class Trainer:
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
         self.out = None if out is None else Path(out)
         self.progress, self.loggers = progress, list(loggers)
-        self.loss = loss
+        self.loss, self.infer = loss, infer
         self.results = Results(measure=LOSSES[loss].measure)
         self.regularizer = OutputRegularizer(hnet)
         self.graph = graph if schedule == "constant" else False
@@ -206,7 +217,10 @@ class Trainer:
         """
         self._collect(wait=True)
         self.hnet.train()
-        current = self._current = self._current or self._begin(len(self.results.tasks), name)
+        if self._current is None:
+            self._start_embedding(len(self.results.tasks))
+            self._current = self._begin(len(self.results.tasks), name)
+        current = self._current
         if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
             index = current.record.index
             raise ValueError(f"the hypernetwork has grown in the middle of task {index}; add tasks between tasks")
@@ -241,29 +255,95 @@ class Trainer:
             self.save(self.out)
         return record
 
-    def evaluate(self, tasks: Any, *, infer: bool = False) -> list[float]:
+    def forget(
+        self, task: int, *, steps: int = 200, gamma: float = 0.01, num_noises: int = 10, lr: float | None = None
+    ) -> list[tuple[float, float]]:
+        """Makes the network forget a task without data: its weights become noise, those of the others are held (UnCLe).
+
+        Each step goes down on ``R(theta) + gamma/n sum_i ||h(e_f; theta) - z_i||^2``, ``z_i ~ N(0, 1)`` drawn anew, where R
+        is the mean squared drift, since this began, of the other trained tasks, or ``reg_tasks`` of them (arXiv 2509.17530).
+        Only theta moves, with the trainer's optimizer and, if it looks ahead, at ``theta + delta`` in R; a step costs what
+        one of ``fit`` does without the target. The task's batch-norm statistics are reset; its embedding stays, and so do
+        parameters that are trained rather than generated. ``results.forgotten`` then names the task, which no later drift,
+        inference or score takes in; with ``out`` the state is saved. Where it is interrupted or fails nothing has changed.
+
+        Args:
+            task: trained, and not forgotten.
+            steps: of the optimizer.
+            gamma: weight of the noise.
+            num_noises: n.
+            lr: of theta; ``None``: the trainer's.
+
+        Returns:
+            Of each step the mean squared weight of the task and the drift of the others, before it.
+
+        Raises:
+            ValueError: no such task, or numbers below 1 or not above 0.  RuntimeError: a task is under way.
+            NonFiniteLossError: as in ``fit``.
+        """
+        if self._current is not None:
+            raise RuntimeError(f"task {self._current.record.index} is under way: end it before another is forgotten")
+        if task not in self.results.held:
+            raise ValueError(f"task {task} cannot be forgotten, only trained tasks that were not: {self.results.held}")
+        lr = self.config["lr"] if lr is None else lr
+        if steps < 1 or num_noises < 1 or gamma <= 0 or lr <= 0:
+            raise ValueError("steps and num_noises must be at least 1, gamma and lr positive")
+        self.regularizer.snapshot([other for other in self.results.held if other != task])
+        theta = self.hnet.theta
+        optimizer = self._optimizer(theta, lr)
+        curve: list[tuple[float, float]] = []
+        with deferred_interrupt() as interrupted:
+            try:
+                with training_bar(f"forgetting task {task}", 0, steps, self.progress) as show:
+                    for step in range(steps):
+                        noise = derived_seed(self.seed, len(self.results.tasks), task, step)
+                        curve.append(self._forgetting_step(task, optimizer, gamma, num_noises, noise))
+                        show(step + 1, *curve[-1])
+                        if interrupted():
+                            raise KeyboardInterrupt
+            except BaseException:
+                with torch.no_grad():
+                    for p, before in zip(theta, self.regularizer.theta0, strict=True):
+                        p.copy_(before)
+                raise
+            if self.hnet.statistics is not None:
+                self.hnet.statistics.reset(task)
+            self.results.forgotten[task] = len(self.results.tasks) - 1
+            if self.out is not None:
+                self.save(self.out)
+        return curve
+
+    def evaluate(self, tasks: Any, *, infer: bool | str | None = None) -> list[float]:
         """Accuracy, a fraction, on each task's test data, or mean squared error where that is the loss.
 
-        It becomes the row of the last trained task in ``results``.
+        Evaluated the way the trainer was made for, it becomes the row of the last trained task in ``results``.
 
         Args:
             tasks: a ``Task`` or a sequence of them (a slice of a stream), or a sequence of data as ``fit`` takes it, which
                 stands for tasks 0, 1, ...
-            infer: do not tell the task of an example, infer it among those trained so far as ``fh.infer_tasks`` does. An
-                example is right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they
-                are.
+            infer: do not tell the task of an example, infer it among those trained, and not forgotten, so far, as
+                ``fh.infer_tasks`` does by ``"entropy"``, which ``True`` stands for, or by ``"gradient"``. An example is
+                right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they are.
+
+        Labels of task t may be numbered within its own head, ``0 .. C-1``, or over all, ``t*C .. t*C + C-1``, as those of
+        class-incremental streams are; so may those of ``fit``. With one head for all tasks they are numbers of its outputs.
 
         Raises:
-            ValueError: labels are not for the loss, or ``infer`` where there are no classes.
+            ValueError: labels are not for the loss, or tasks are to be inferred where there are no classes.
         """
-        if infer and self.loss != "cross_entropy":
-            raise ValueError(f"infer=True needs classes, loss={self.loss!r} has none")
+        method = self.infer if infer is None else "entropy" if infer is True else infer or None
+        if method is not None and self.loss != "cross_entropy":
+            raise ValueError(f"to infer tasks needs classes, loss={self.loss!r} has none")
         named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
-        among = range(len(self.results.tasks)) if infer else None
         pairs = list(named.items())
-        found = accuracies_on(self.hnet, pairs, among) if self.loss == "cross_entropy" else errors_on(self.hnet, pairs)
+        if self.loss != "cross_entropy":
+            found = errors_on(self.hnet, pairs)
+        elif method is None:
+            found = accuracies_on(self.hnet, pairs)
+        else:
+            found = accuracies_on(self.hnet, pairs, self.results.held, method)
         accuracies = dict(zip(named, found, strict=True))
-        if self.results.tasks and not infer:
+        if self.results.tasks and method == self.infer:
             trained = len(self.results.tasks) - 1
             self.results.accuracy.setdefault(trained, {}).update(accuracies)
             for logger in self.loggers:
@@ -353,7 +433,7 @@ class Trainer:
             snapshot = with_prefix(tensors, "snapshot.")
             trainer._current = trainer._begin(record.index, record.name)
             trainer._current.restore(record, tensors)
-            trainer.regularizer.restore(record.index, [snapshot[str(i)] for i in range(len(snapshot))])
+            trainer.regularizer.restore(trainer.results.held, [snapshot[str(i)] for i in range(len(snapshot))])
         return trainer
 
     def _total_steps(self) -> int:
@@ -380,21 +460,49 @@ class Trainer:
             raise RuntimeError("no task is under way: call begin_task first")
         return self._current
 
+    def _optimizer(self, parameters: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer, options = OPTIMIZERS[self.config["optimizer"]]
+        return optimizer(parameters, lr=lr, **{**options, **self.config["optimizer_options"]})  # type: ignore[call-arg]
+
+    def _forgetting_step(
+        self, task: int, optimizer: torch.optim.Optimizer, gamma: float, num_noises: int, seed: int
+    ) -> tuple[float, float]:
+        """Mean squared weight of the task and drift of the others before a step of ``forget``."""
+        theta, generator = self.hnet.theta, torch.Generator(self.device).manual_seed(seed)
+        weights = torch.cat([weight.flatten() for weight in self.hnet.generate(task).values()])
+        noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype, device=self.device)
+        # the mean of n squared distances is, but for a constant, the one from the mean, which is N(0, 1/n)
+        loss = gamma * (weights - noise / math.sqrt(num_noises)).square().sum()
+        grads = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+        for p, grad in zip(theta, grads, strict=True):
+            p.grad = grad
+        ahead = look_ahead(optimizer) if self.lookahead else [p.detach() for p in theta]
+        drift, drift_grads, _ = self.regularizer.value_and_grad(ahead, tasks=self._sample(seed))
+        numbers = torch.stack([weights.detach().square().mean(), drift]).tolist()
+        if not all(map(math.isfinite, numbers)):
+            raise NonFiniteLossError(f"weights or drift became infinite while task {task} was forgotten: lower lr or gamma")
+        take_step(optimizer, drift_grads)
+        return numbers[0], numbers[1]
+
+    @torch.no_grad()
+    def _start_embedding(self, index: int) -> None:
+        """Gives the embedding of a task that begins its first value."""
+        if self.config["embedding_init"] == "previous" and self.results.held:
+            self.hnet.embedding(index).copy_(self.hnet.embedding(self.results.held[-1]))
+
     def _begin(self, index: int, name: str) -> TaskInTraining:
         """New optimizers, and a snapshot of what the past tasks generate now."""
         embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
-        held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in range(index)] if self.plastic else [])]
-        optimizer, options = OPTIMIZERS[self.config["optimizer"]]
-        options = {**options, **self.config["optimizer_options"]}
-        self.regularizer.snapshot(index)
+        held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in self.results.held] if self.plastic else [])]
+        self.regularizer.snapshot(self.results.held)
         lr = self.config["lr"]
         groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
         current = TaskInTraining(
             record=TaskRecord(index, name),
             held=held,
             free=[embedding, *rest],
-            held_optimizer=optimizer(held, lr=lr, **options),  # type: ignore[call-arg]
-            free_optimizer=optimizer(groups, lr=lr, **options),  # type: ignore[call-arg]
+            held_optimizer=self._optimizer(held, lr),
+            free_optimizer=self._optimizer(groups, lr),
         )
         if self.graph is not False and self.device.type in RUNTIMES:
             self._runtime = self._runtime or RUNTIMES[self.device.type](self.device)
@@ -529,17 +637,20 @@ class Trainer:
 
     def _task_loss(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """Loss of the task being learned on a batch of it; what else a trainer learns overrides this."""
-        return LOSSES[self.loss].value(self.hnet(x, task), y)
+        return LOSSES[self.loss].value(self.hnet(x, task), self.hnet.target.own_labels(y, task))
 
     def _has_drift(self, now: TaskInTraining) -> bool:
-        return now.record.index > 0 and self.beta > 0
+        return self.regularizer.num_past > 0 and self.beta > 0
 
     def _sampled_tasks(self, now: TaskInTraining) -> Tensor | None:
-        """Past tasks for the drift of the next step, int64 ``[k]``; ``None``: all."""
-        num_past = now.record.index
-        if not self._has_drift(now) or self.reg_tasks is None or self.reg_tasks >= num_past:
+        """Held tasks for the drift of the next step, by their place in the snapshot, int64 ``[k]``; ``None``: all."""
+        return self._sample(derived_seed(self.seed, now.record.index, now.steps)) if self._has_drift(now) else None
+
+    def _sample(self, seed: int) -> Tensor | None:
+        num_past = self.regularizer.num_past
+        if self.reg_tasks is None or self.reg_tasks >= num_past:
             return None
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, num_past, now.steps))
+        generator = torch.Generator().manual_seed(seed)
         return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
 
     def _drift(self, held: Sequence[Tensor], tasks: Tensor | None) -> tuple[Tensor, list[Tensor]]:

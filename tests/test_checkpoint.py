@@ -43,7 +43,7 @@ def interrupt_at(trainer, step):
         {"reg_tasks": 1, "lookahead": False},
         {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
         {"optimizer": "rmsprop"},
-        {"schedule": "cosine"},
+        {"schedule": "cosine", "embedding_init": "previous"},
     ],
     ids=str,
 )
@@ -78,6 +78,18 @@ def test_goes_on_between_tasks_and_with_added_tasks(tmp_path):
         trainer.hnet.add_task()
         trainer.fit(stream[3], steps=5, batch_size=16)
     assert same_state(resumed, whole)
+
+
+def test_checkpoints_from_before_an_option_was_there_still_load(tmp_path):
+    trainer = make(tmp_path)
+    trainer.fit(toy_stream()[0], steps=2, batch_size=8)
+    tensors, state = fh.checkpoint.load(tmp_path)
+    for key in ("schedule", "embedding_init"):
+        del state["trainer"][key]
+    del state["results"]["forgotten"]
+    fh.checkpoint.save(tmp_path, tensors, state, {})
+    loaded = fh.Trainer.load(tmp_path, progress=False)
+    assert same_state(loaded, trainer) and loaded.results == trainer.results and loaded.config == trainer.config
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored(foreground):

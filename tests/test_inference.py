@@ -1,5 +1,10 @@
 """Many tasks in one go against one after the other: accuracies, and the task that is inferred."""
 
+import decimal
+import math
+
+import hypothesis
+import hypothesis.strategies as st
 import oracle
 import pytest
 import torch
@@ -73,10 +78,10 @@ def test_groups_fit_in_memory_and_the_device_is_read_once(monkeypatch):
     assert trainer.evaluate([]) == []
 
 
-def by_entropy(hnet, x, tasks):
+def by_entropy(hnet, x, tasks, temperature=1.0):
     """The slow, obvious way."""
     outputs = [hnet.eval()(x, task) for task in tasks]
-    entropies = torch.stack([torch.distributions.Categorical(logits=y).entropy() for y in outputs])
+    entropies = torch.stack([torch.distributions.Categorical(logits=y / temperature).entropy() for y in outputs])
     best = entropies.argmin(0)
     return torch.tensor(tasks)[best.cpu()], torch.stack([outputs[k][b] for b, k in enumerate(best.tolist())]), entropies
 
@@ -93,6 +98,104 @@ def test_inferred_task_is_that_of_least_entropy(options, tasks, at_once, device,
     assert found[0].dtype == torch.int64 and torch.equal(found[0].cpu(), want[0]) and len(want[0].unique()) > 1
     assert oracle.relative_error(found[1], want[1].detach()) < 1e-12
     assert oracle.relative_error(found[2], want[2].detach()) < 1e-12
+
+
+def by_gradient(hnet, x, tasks, temperature=1.0):
+    """All weights superposed under one leaf a, an example's entropy differentiated at a time."""
+    a = torch.full((len(tasks),), 1 / len(tasks), dtype=x.dtype, device=x.device, requires_grad=True)
+    heads = [2 * t for t in tasks] if hnet.target.num_heads else [0] * len(tasks)
+
+    def own(k, name, weight):
+        is_last = hnet.target.num_heads and name.startswith("layers.1")
+        return weight[heads[k] : heads[k] + 2] if is_last else weight
+
+    each = [hnet.generate(t) for t in tasks]
+    superposed = {name: sum(a[k] * own(k, name, each[k][name].detach()) for k in range(len(tasks))) for name in each[0]}
+    p = (torch.func.functional_call(hnet.target.module, superposed, (x,)) / temperature).softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    slopes = torch.stack([torch.autograd.grad(h, a, retain_graph=True)[0] for h in entropy], 1)
+    best = slopes.argmin(0)
+    outputs = [hnet.eval()(x[b : b + 1], tasks[k])[0] for b, k in enumerate(best.tolist())]
+    return torch.tensor(tasks)[best.cpu()], torch.stack(outputs), slopes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("tasks", [None, [3, 0, 4]], ids=["all", "some"])
+@pytest.mark.parametrize("options", [*HEADS, {"heads": False}], ids=str)
+def test_scores_are_those_of_autograd_at_any_temperature(options, tasks, temperature, device, monkeypatch):
+    monkeypatch.setattr(inference, "BATCH", 16)
+    options = dict(options)
+    heads = {"outputs_per_task": 2} if options.pop("heads", True) else {}
+    hnet = make(fh.nets.MLP(6, (5,), 4 if "grow_heads" in options else 10), 5, **heads, **options).to(device)
+    x = batch((6,), 40).to(device)
+    for method, slow in (("gradient", by_gradient), ("entropy", by_entropy)):
+        found = fh.infer_tasks(hnet, x, tasks, method=method, temperature=temperature)
+        want = slow(hnet, x, tasks or list(range(5)), temperature)
+        assert torch.equal(found[0].cpu(), want[0]) and found[1].shape == want[1].shape
+        assert oracle.relative_error(found[1], want[1].detach()) < 1e-12
+        assert oracle.relative_error(found[2], want[2].detach()) < 1e-10
+
+
+def test_weights_of_a_task_are_made_once_for_all_batches(monkeypatch):
+    monkeypatch.setattr(inference, "BATCH", 8)
+    monkeypatch.setattr(inference, "_tasks_at_once", lambda *_: 2)
+    hnet, calls, generate = make(fh.nets.MLP(6, (5,), 4), 5), [], fh.ChunkedHypernet.generate
+    monkeypatch.setattr(fh.ChunkedHypernet, "generate", lambda self, task: calls.append(task) or generate(self, task))
+    fh.infer_tasks(hnet, batch((6,), 40))
+    assert calls == [[0, 1], [2, 3], 4]
+
+
+def exact_log_entropy(logits):
+    """In 400 digits, more than the exponents of float64 reach."""
+    with decimal.localcontext(prec=400):
+        powers = [decimal.Decimal(y).exp() for y in logits]
+        shares = [power / sum(powers) for power in powers]
+        return float((-sum(p * p.ln() for p in shares)).ln())
+
+
+@hypothesis.given(st.lists(st.floats(-300, 300), min_size=2, max_size=5))
+@hypothesis.settings(max_examples=40)
+def test_log_of_the_entropy_is_exact_also_where_the_entropy_underflows(logits):
+    want = exact_log_entropy(logits)
+    assert inference.log_entropy(torch.tensor(logits, dtype=torch.float64)).item() == pytest.approx(want, 1e-12, 1e-12)
+    in_single = torch.tensor(logits)
+    want = exact_log_entropy(in_single.tolist())
+    assert inference.log_entropy(in_single).item() == pytest.approx(want, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_and_huge_outputs_have_an_entropy(dtype):
+    big, inf = torch.finfo(dtype).max, math.inf
+    rows = [[inf, 0, 1], [-inf, 0, 0], [-inf] * 3, [inf, inf, 0], [big, -big, 0], [-inf, 0, -inf], [-big, -big, -big]]
+    found = inference.log_entropy(torch.tensor(rows, dtype=dtype))
+    assert found.isfinite().all()
+    want = torch.tensor([0, math.log(2), math.log(3), math.log(2), 0, 0, math.log(3)], dtype=dtype)
+    assert torch.allclose(found.exp(), want)
+
+
+@pytest.mark.parametrize("method", ["entropy", "gradient"])
+def test_sure_tasks_are_told_apart_where_their_entropies_are_nought(method):
+    hnet = make(fh.nets.MLP(6, (), 4), 5, dtype=torch.float32)
+    x = batch((6,), 60).float()
+    found, _, scores = fh.infer_tasks(hnet, 1e6 * x, method=method)
+    assert scores.eq(0).all() and len(found.unique()) > 2
+    if method == "entropy":
+        gaps = torch.stack([hnet(1e6 * x, t).topk(2).values.diff().squeeze(1).neg() for t in range(5)])
+        assert torch.equal(found, gaps.argmax(0))
+
+
+def test_inference_names_what_is_wrong():
+    hnet, x = make(fh.nets.MLP(6, (5,), 4), 2), batch((6,), 4)
+    for wrong in ({"method": "agreement"}, {"temperature": 0}):
+        with pytest.raises(ValueError, match="method must be one of entropy, gradient and temperature above 0"):
+            fh.infer_tasks(hnet, x, **wrong)
+    build, shape = NETWORKS["convolutions-and-batch-norm"]
+    fixed = make(fh.nets.MLP(6, (5,), 4), 2, outputs_per_task=2, generate="layers.0.*")
+    for other, inputs in ((make(build(), 2), batch(shape, 4)), (fixed, x)):
+        with pytest.raises(ValueError, match="method='gradient' superposes generated weights"):
+            fh.infer_tasks(other, inputs, method="gradient")
+        assert other.training and fh.infer_tasks(other, inputs)[0].shape == (4,)
 
 
 @pytest.mark.parametrize("name", ["convolutions-and-batch-norm", "branch", "lstm"])
@@ -115,15 +218,19 @@ def test_certain_outputs_have_no_entropy():
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_accuracy_without_being_told_the_task(heads):
+@pytest.mark.parametrize("infer", [True, "entropy", "gradient"])
+def test_accuracy_without_being_told_the_task(infer, heads):
     trainer, stream = fh.Trainer(toy_hnet(3, heads=heads), lr=0.01, beta=0.5, progress=False), toy_stream(3)
     for task in stream[:2]:
         trainer.fit(task, steps=60, batch_size=32)
     told = trainer.evaluate(stream[:2])
     kept = dict(trainer.results.accuracy)
-    for task, found, known in zip(stream[:2], trainer.evaluate(stream[:2], infer=True), told, strict=True):
+    for task, found, known in zip(stream[:2], trainer.evaluate(stream[:2], infer=infer), told, strict=True):
         x, y = task.test.batch(torch.arange(90))
-        tasks, outputs, _ = by_entropy(trainer.hnet, x.double(), range(2))
+        if infer == "gradient":
+            tasks, outputs, _ = fh.infer_tasks(trainer.hnet, x, range(2), method=infer)
+        else:
+            tasks, outputs, _ = by_entropy(trainer.hnet, x.double(), range(2))
         right = (outputs.argmax(1) == y) & ((tasks == task.index) | (not heads))
         assert found == right.double().mean().item() <= known
     assert trainer.results.accuracy == kept

@@ -69,7 +69,7 @@ ALLOWED = {
         *("progress", "replay_model", "streams", "trainer", "training"),
     },
     "recipes": {
-        *("checkpoint", "errors", "hypernet", "loggers", "nets", "replay", "replay_model", "streams", "trainer"),
+        *("checkpoint", "errors", "hypernet", "loggers", "metrics", "nets", "replay", "replay_model", "streams", "trainer"),
     },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "bench": {"compat", "environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
@@ -77,7 +77,9 @@ ALLOWED = {
         *("activations", "errors", "hypernet", "interrupt", "layout", "lookahead", "nets", "ops", "planner", "reference"),
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
-    "cli": {"bench", "checkpoint", "environment", "errors", "export", "loggers", "recipes", "report", "streams"},
+    "cli": {
+        *("bench", "checkpoint", "environment", "errors", "export", "loggers", "metrics", "recipes", "report", "streams"),
+    },
     "__main__": {"cli"},
 }
 THIRD_PARTY = {  # beside torch and the standard library; imported inside functions only

@@ -30,6 +30,19 @@ def test_scores_of_short_and_empty_runs():
     assert fh.Results().summary()
 
 
+@pytest.mark.parametrize(("forgotten", "held"), [(1, [0, 2]), (2, [0, 1])])
+def test_scores_leave_out_what_was_forgotten_on_purpose(forgotten, held):
+    results = fh.Results([metrics.TaskRecord(i) for i in range(3)], {i: dict(enumerate(R[i])) for i in range(3)})
+    results.forgotten[forgotten] = 2
+    scores, (first, last) = results.scores(), held
+    assert scores["acc"] == pytest.approx((R[2][first] + R[2][last]) / 2)
+    assert scores["bwt"] == pytest.approx(R[2][first] - R[first][first])
+    assert f"forgotten on purpose, not in the scores: {forgotten}" in results.summary()
+    assert fh.Results.from_json(json.loads(json.dumps(results.to_json()))) == results
+    results.forgotten |= {0: 2, 1: 2, 2: 2}
+    assert math.isnan(results.scores()["acc"]) and results.summary()
+
+
 def test_unknown_conventions_are_named():
     for score in (metrics.bwt, metrics.forgetting):
         with pytest.raises(ValueError, match="convention 'mine'; choose from"):

@@ -100,6 +100,29 @@ def test_penalty_at_the_parameters_themselves_and_after_a_new_snapshot():
     assert regularizer.penalty().item() == 0
 
 
+@pytest.mark.parametrize("hidden", [(4,), ()], ids=str)
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_snapshot_of_some_tasks_holds_these(heads, hidden):
+    hnet = fh.ChunkedHypernet(
+        fh.nets.MLP(4, (5,), 15 if heads else 3), 5, chunk_size=9, hidden=hidden, dtype=torch.float64,
+        outputs_per_task=3 if heads else None,
+    )  # fmt: skip
+    every, some = fh.OutputRegularizer(hnet), fh.OutputRegularizer(hnet)
+    every.snapshot(4)
+    some.snapshot([3, 0, 2])
+    theta, _ = moved(hnet)
+    assert some.num_past == 3
+    for positions, tasks in ((None, [3, 0, 2]), ([2, 0], [2, 3]), (torch.tensor([1]), [0])):
+        have, want = (r.value_and_grad(theta, tasks=t) for r, t in ((some, positions), (every, tasks)))
+        assert oracle.relative_error(have[0], want[0]) < 1e-12
+        assert all(oracle.relative_error(a, b) < 1e-12 for a, b in zip(have[1], want[1], strict=True))
+    again = fh.OutputRegularizer(hnet)
+    again.restore([3, 0, 2], some.state())
+    assert again.penalty(theta) == some.penalty(theta)
+    with pytest.raises(IndexError, match="task index 5 out of range"):
+        some.snapshot([0, 5])
+
+
 def test_penalty_names_what_is_wrong():
     hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,))
     regularizer = fh.OutputRegularizer(hnet)

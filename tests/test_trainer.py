@@ -46,7 +46,7 @@ OPTIMIZERS = {
 
 def slow_loop(
     hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lookahead=True, plastic=False, reg_tasks=None,
-    schedule="constant",
+    schedule="constant", embedding_init="normal", forgotten=(),
 ):  # fmt: skip
     """The update of DESIGN 2.6, from its definition: the look-ahead is a real step of a copied optimizer."""
     optimizer_class, options = OPTIMIZERS[optimizer]
@@ -57,7 +57,10 @@ def slow_loop(
         return oracle.laid_weights(hnet.layout, oracle.features(theta, embedding, hnet.activation.value), theta[-1])
 
     for task in stream:
-        theta, old = list(hnet.theta), [hnet.embedding(t) for t in range(task.index)]
+        held = [t for t in range(task.index) if t not in forgotten]
+        theta, old = list(hnet.theta), [hnet.embedding(t) for t in held]
+        if embedding_init == "previous" and held:
+            hnet.embedding(task.index).data = hnet.embedding(held[-1]).detach().clone()
         snapshot = [weights_of(theta, e).detach() for e in old]
         moving = theta + (old if plastic else [])
         now = optimizer_class(moving, lr=lr, **options)
@@ -88,15 +91,15 @@ def slow_loop(
                         a.grad = p.grad.clone()
                     rehearsal.step()
                     rehearsal.zero_grad()
-                tasks = range(task.index)
-                if reg_tasks is not None and reg_tasks < task.index:
+                tasks = range(len(held))
+                if reg_tasks is not None and reg_tasks < len(held):
                     generator = torch.Generator().manual_seed(fh.streams.batches.derived_seed(0, task.index, step))
-                    tasks = torch.randperm(task.index, generator=generator)[:reg_tasks].tolist()
+                    tasks = torch.randperm(len(held), generator=generator)[:reg_tasks].tolist()
                 embeddings = ahead[len(theta) :] if plastic else [e.detach() for e in old]
                 for t in tasks:
                     difference = weights_of(ahead[: len(theta)], embeddings[t]) - snapshot[t]
-                    held = oracle.held(num_weights, hnet.target.heads, t)
-                    drift = drift + (held * difference**2).sum() / len(tasks)
+                    counted = oracle.held(num_weights, hnet.target.heads, held[t])
+                    drift = drift + (counted * difference**2).sum() / len(tasks)
                 (beta * drift).backward()
                 for p, a in zip(moving, ahead, strict=True):
                     p.grad += 0 if a.grad is None else a.grad
@@ -133,6 +136,8 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"schedule": "cosine", "optimizer": "adamw", "reg_tasks": 1},
         {"schedule": "cosine", "optimizer": "sgd", "plastic": True},
         {"schedule": "cosine", "optimizer": "rmsprop"},
+        {"embedding_init": "previous"},
+        {"embedding_init": "previous", "plastic": True, "reg_tasks": 1},
         {"beta": 0},
         {"heads": True},
         {"heads": True, "chunk_size": None},
@@ -171,6 +176,50 @@ def test_remembers_what_it_has_learned():
         kept[beta] = trainer.results
     assert kept[1.0].scores()["acc"] > 0.95 and kept[1.0].scores()["largest_drop"] < 0.05
     assert kept[0.0].scores()["forgetting"] > 0.2
+
+
+def class_incremental(stream, classes=4):
+    def shifted(task):
+        train, test = (
+            fh.streams.TaskData(data.inputs, data.labels + classes * task.index) for data in (task.train, task.test)
+        )
+        return fh.streams.Task(task.index, train, test, classes)
+
+    return fh.streams.Stream("class", len(stream), lambda index: shifted(stream[index]))
+
+
+def test_labels_may_count_over_all_heads():
+    own, all_heads, stream = fh.Trainer(toy_hnet(heads=True), lr=0.01, progress=False), fh.Trainer(
+        toy_hnet(heads=True), lr=0.01, progress=False
+    ), toy_stream()  # fmt: skip
+    incremental = class_incremental(stream)
+    for task, shifted in zip(stream, incremental, strict=True):
+        own.fit(task, steps=30, batch_size=16)
+        all_heads.fit(shifted, steps=30, batch_size=16)
+    assert all(torch.equal(a, b) for a, b in zip(own.hnet.parameters(), all_heads.hnet.parameters(), strict=True))
+    for infer in (False, True, "gradient"):
+        assert own.evaluate(stream, infer=infer) == all_heads.evaluate(incremental, infer=infer)
+        assert max(all_heads.evaluate(incremental, infer=infer)) > 0.3
+    foreign = fh.Trainer(toy_hnet(heads=True), progress=False)
+    foreign.fit(stream[0], steps=1)
+    with pytest.raises(IndexError, match="out of bounds"):
+        foreign.fit((incremental[2].train.inputs, incremental[2].train.labels), steps=1)  # of head 2, given as task 1
+
+
+def test_one_head_takes_class_incremental_labels_as_they_are():
+    hnet, incremental = toy_hnet(3), class_incremental(toy_stream(3))
+    wide = fh.ChunkedHypernet(fh.nets.MLP(6, (7,), 12), 3, chunk_size=13, hidden=(6, 5), task_dim=4, dtype=torch.float64)
+    trainer = fh.Trainer(wide, lr=0.03, beta=0.1, progress=False)
+    for task in incremental:
+        trainer.fit(task, steps=120, batch_size=32)
+    assert min(trainer.evaluate(incremental)) > 0.9
+    x, labels = incremental[1].test.batch(torch.arange(90))
+    _, outputs, _ = fh.infer_tasks(wide, x)
+    assert trainer.evaluate(incremental[1], infer=True) == [(outputs.argmax(1) == labels).double().mean().item()]
+    with pytest.raises(IndexError, match="out of bounds"):
+        narrow = fh.Trainer(hnet, progress=False)
+        narrow.fit(incremental[0], steps=1)
+        narrow.fit(incremental[1], steps=1)
 
 
 def test_results_hold_what_was_measured():
@@ -214,6 +263,8 @@ def test_names_what_is_wrong():
         fh.Trainer(toy_hnet(), optimizer="lion")
     with pytest.raises(ValueError, match="unknown schedule 'step'; choose from constant, cosine"):
         fh.Trainer(toy_hnet(), schedule="step")
+    with pytest.raises(ValueError, match="embedding_init must be 'normal' or 'previous', got 'zero'"):
+        fh.Trainer(toy_hnet(), embedding_init="zero")
     with pytest.raises(ValueError, match="a CUDA graph keeps its learning rate: schedule='cosine' needs graph=False"):
         fh.Trainer(toy_hnet(), schedule="cosine", graph=True)
     for bad in ({"lr": 0}, {"beta": -1}, {"reg_tasks": 0}, {"lr_embedding": -1.0}, {"seed": -1}):

