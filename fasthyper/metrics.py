@@ -31,6 +31,16 @@ def acc(matrix: Matrix) -> float:
     return _mean(matrix[-1][: len(matrix)]) if matrix else math.nan
 
 
+def average_so_far(matrix: Matrix) -> list[float]:
+    """ACC after each task i: mean over j<=i of R[i,j]. NaN where the row has gaps."""
+    return [_mean(row[: i + 1]) for i, row in enumerate(matrix)]
+
+
+def aia(matrix: Matrix) -> float:
+    """Average incremental accuracy: mean over i of the mean over j<=i of R[i,j]. NaN where a row has gaps."""
+    return _mean(average_so_far(matrix))
+
+
 def bwt(matrix: Matrix, convention: str = "gem") -> float:
     """Backward transfer, as a fraction; ``convention`` is a key of ``BWT_CONVENTIONS``. NaN for fewer than two tasks.
 
@@ -74,6 +84,26 @@ def largest_drop(matrix: Matrix) -> float:
     return math.nan if any(map(math.isnan, drops)) else max(drops, default=0.0)
 
 
+def anterograde_forgetting(matrix: Matrix, baseline: Sequence[float]) -> float:
+    """Mean over j of baseline[j] - R[j,j]: what a task loses by being learned in the sequence and not alone.
+
+    Args:
+        baseline: accuracy of each task when it is the only one that is learned, as a fraction.
+
+    Raises:
+        ValueError: the baseline has fewer tasks than the matrix.
+    """
+    if len(baseline) < len(matrix):
+        raise ValueError(f"the baseline has {len(baseline)} tasks, the run {len(matrix)}")
+    return _mean([baseline[j] - matrix[j][j] for j in range(len(matrix))])
+
+
+def memory_lifetime(matrix: Matrix) -> list[list[float]]:
+    """For each number k of tasks learned since, R[j+k,j] of all tasks j that were evaluated then."""
+    size = len(matrix)
+    return [[x for j in range(size - k) if not math.isnan(x := matrix[j + k][j])] for k in range(size)]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -111,11 +141,15 @@ class TaskRecord:
 
 @dataclass
 class Results:
-    """Everything measured in a run; grows as tasks are trained and evaluated."""
+    """Everything measured in a run; grows as tasks are trained and evaluated.
+
+    ``baseline``: the accuracy of each task learned alone, if it is known; reports then have anterograde forgetting.
+    """
 
     tasks: list[TaskRecord] = field(default_factory=list)
     accuracy: dict[int, dict[int, float]] = field(default_factory=dict)
     peak_memory: int = 0
+    baseline: list[float] | None = None
 
     @property
     def matrix(self) -> list[list[float]]:
@@ -133,10 +167,11 @@ class Results:
         return _mean([task.seconds for task in self.tasks])
 
     def scores(self) -> dict[str, float]:
-        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes."""
+        """ACC, AIA, BWT, forgetting, largest drop (fractions; NaN: not measured), s/task, samples/s, peak memory (bytes)."""
         matrix = self.matrix
         return {
             "acc": acc(matrix),
+            "aia": aia(matrix),
             "bwt": bwt(matrix),
             "forgetting": forgetting(matrix),
             "fwt": math.nan,  # needs an evaluation of untrained embeddings, near chance by construction: not run
@@ -152,6 +187,7 @@ class Results:
         lines = [*self._matrix_lines(), ""]
         for label, key, definition in (
             ("ACC", "acc", "mean accuracy after the last task"),
+            ("AIA", "aia", "mean over i of ACC after task i"),
             ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}"),
             ("forgetting", "forgetting", f"Avalanche: {FORGETTING_CONVENTIONS['avalanche']}"),
             ("FWT", "fwt", "n/a: an untrained task embedding is near chance by construction"),
@@ -184,7 +220,7 @@ class Results:
         """The results that ``to_json`` wrote, exactly."""
         tasks = [TaskRecord.from_json(task) for task in data["tasks"]]
         accuracy = {int(i): {int(j): x for j, x in row.items()} for i, row in data["accuracy"].items()}
-        return cls(tasks, accuracy, data["peak_memory"])
+        return cls(tasks, accuracy, data["peak_memory"], baseline=data.get("baseline"))
 
 
 def _percent(value: float) -> str:

