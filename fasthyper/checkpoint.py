@@ -107,6 +107,23 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged or not a {format} file: {error}") from error
 
 
+def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of any safetensors file whose names begin with ``prefix``, which is cut off. Other bytes are not read.
+
+    Raises:
+        CheckpointError: missing, truncated, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
 def _digest(tensors: dict[str, Tensor], state: str) -> str:
     """SHA-256 over the state and every tensor with its name, type and shape."""
     digest = hashlib.sha256(state.encode())

@@ -74,9 +74,12 @@ def _parser() -> _Parser:
             verb.add_argument(*sorted(flags), dest=f"set_{field.name}", type=convert, metavar=convert.__name__.upper())
     verb.set_defaults(command=_run)
 
-    verb = verbs.add_parser("report", help="HTML, PNG and CSV from finished or unfinished runs")
+    verb = verbs.add_parser("report", help="HTML, PNG, CSV and JSON from finished or unfinished runs")
     verb.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run; several are compared")
     verb.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
+    verb.add_argument(
+        "--baseline", type=Path, metavar="DIR", help="a run whose tasks were each learned alone, to compare with"
+    )
     verb.set_defaults(command=_report)
 
     verb = verbs.add_parser("export", help="one file: a run's hypernetwork, or the plain weights of one of its tasks")
@@ -151,13 +154,13 @@ def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None
 
 
 def _report(args: argparse.Namespace) -> None:
-    print(_write_report(args.directories, args.out))
+    print(_write_report(args.directories, args.out, args.baseline))
 
 
-def _write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+def _write_report(directories: Sequence[Path], out: Path | None = None, baseline: Path | None = None) -> Path:
     from fasthyper.report import write_report
 
-    return write_report(directories, out)
+    return write_report(directories, out, baseline)
 
 
 def _export(args: argparse.Namespace) -> None:

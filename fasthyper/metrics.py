@@ -54,6 +54,16 @@ def acc(matrix: Matrix) -> float:
     return _mean(matrix[-1][: len(matrix)]) if matrix else math.nan
 
 
+def average_so_far(matrix: Matrix) -> list[float]:
+    """ACC after each task i: mean over j<=i of R[i,j]. NaN where the row has gaps."""
+    return [_mean(row[: i + 1]) for i, row in enumerate(matrix)]
+
+
+def aia(matrix: Matrix) -> float:
+    """Average incremental accuracy: mean over i of the mean over j<=i of R[i,j]. NaN where a row has gaps."""
+    return _mean(average_so_far(matrix))
+
+
 def bwt(matrix: Matrix, convention: str = "gem") -> float:
     """Backward transfer, as a fraction; ``convention`` is a key of ``BWT_CONVENTIONS``. NaN for fewer than two tasks.
 
@@ -114,6 +124,26 @@ def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tup
     return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
+def anterograde_forgetting(matrix: Matrix, baseline: Sequence[float]) -> float:
+    """Mean over j of baseline[j] - R[j,j]: what a task loses by being learned in the sequence and not alone.
+
+    Args:
+        baseline: accuracy of each task when it is the only one that is learned, as a fraction.
+
+    Raises:
+        ValueError: the baseline has fewer tasks than the matrix.
+    """
+    if len(baseline) < len(matrix):
+        raise ValueError(f"the baseline has {len(baseline)} tasks, the run {len(matrix)}")
+    return _mean([baseline[j] - matrix[j][j] for j in range(len(matrix))])
+
+
+def memory_lifetime(matrix: Matrix) -> list[list[float]]:
+    """For each number k of tasks learned since, R[j+k,j] of all tasks j that were evaluated then."""
+    size = len(matrix)
+    return [[x for j in range(size - k) if not math.isnan(x := matrix[j + k][j])] for k in range(size)]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -155,6 +185,7 @@ class Results:
 
     ``accuracy[i][j]`` is R of ``measure``, a key of ``MEASURES``.
     ``forgotten``: each task that ``Trainer.forget`` made the network forget, and the task last trained by then.
+    ``baseline``: the accuracy of each task learned alone, if it is known; reports then have anterograde forgetting.
     """
 
     tasks: list[TaskRecord] = field(default_factory=list)
@@ -162,6 +193,7 @@ class Results:
     peak_memory: int = 0
     measure: str = "accuracy"
     forgotten: dict[int, int] = field(default_factory=dict)
+    baseline: list[float] | None = None
 
     @property
     def held(self) -> list[int]:
@@ -184,7 +216,7 @@ class Results:
         return _mean([task.seconds for task in self.tasks])
 
     def scores(self) -> dict[str, float]:
-        """ACC, BWT, forgetting, largest drop (fractions; NaN = not measured), s/task, samples/s, peak memory in bytes.
+        """ACC, AIA, BWT, forgetting, largest drop (fractions; NaN: not measured), s/task, samples/s, peak memory (bytes).
 
         All are of the tasks that were not forgotten on purpose. Of errors, ACC is NaN and ``"mse"`` the mean after the last
         task; the others are of their negatives.
@@ -192,7 +224,7 @@ class Results:
         measure, full, held = MEASURES[self.measure], self.matrix, self.held
         rows = [*held[:-1], len(full) - 1] if held else []  # the last is what came of them all
         matrix = [[full[i][j] for j in held] for i in rows]
-        mean = {"acc": math.nan, measure.key: acc(matrix)}
+        mean = {"acc": math.nan, measure.key: acc(matrix), "aia": aia(matrix)}
         if measure.is_error:
             matrix = [[-x for x in row] for row in matrix]
         return {
@@ -215,6 +247,7 @@ class Results:
             lines.append(f"forgotten on purpose, not in the scores: {', '.join(map(str, sorted(self.forgotten)))}")
         for label, key, definition in (
             (measure.key.upper(), measure.key, measure.definition),
+            ("AIA", "aia", f"mean over i of {measure.key.upper()} after task i"),
             ("BWT", "bwt", f"GEM: {BWT_CONVENTIONS['gem']}{of}"),
             ("forgetting", "forgetting", f"Avalanche: {FORGETTING_CONVENTIONS['avalanche']}{of}"),
             ("FWT", "fwt", "n/a: an untrained task embedding is near chance by construction"),
@@ -255,4 +288,4 @@ class Results:
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
         forgotten = {int(task): last for task, last in data.get("forgotten", {}).items()}
-        return cls(tasks, accuracy, data["peak_memory"], measure, forgotten)
+        return cls(tasks, accuracy, data["peak_memory"], measure, forgotten, data.get("baseline"))

@@ -16,13 +16,21 @@ R = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.3], [0.85, 0.6, 0.95]]
 
 def test_scores_by_hand():
     assert metrics.acc(R) == pytest.approx((0.85 + 0.6 + 0.95) / 3)
+    assert metrics.average_so_far(R) == pytest.approx([0.9, (0.8 + 0.7) / 2, (0.85 + 0.6 + 0.95) / 3])
+    assert metrics.aia(R) == pytest.approx((0.9 + 0.75 + 0.8) / 3)
+    assert metrics.anterograde_forgetting(R, [0.92, 0.8, 0.94]) == pytest.approx((0.02 + 0.1 - 0.01) / 3)
+    assert metrics.memory_lifetime(R) == [[0.9, 0.7, 0.95], [0.8, 0.6], [0.85]]
     assert metrics.bwt(R) == pytest.approx(((0.85 - 0.9) + (0.6 - 0.7)) / 2)
     assert metrics.bwt(R, "pairs") == pytest.approx(((0.8 - 0.9) + (0.85 - 0.9) + (0.6 - 0.7)) / 3)
     assert metrics.forgetting(R) == pytest.approx(-metrics.bwt(R))
     assert metrics.forgetting(R, "chaudhry") == pytest.approx(((0.9 - 0.85) + (0.7 - 0.6)) / 2)
     assert metrics.fwt(R, [0.1, 0.1, 0.1]) == pytest.approx(((0.2 - 0.1) + (0.3 - 0.1)) / 2)
     assert metrics.largest_drop(R) == pytest.approx(0.1)
-    assert math.isnan(metrics.largest_drop([[0.9, 0.1], [math.nan, 0.8]]))
+    gap = [[0.9, 0.1], [math.nan, 0.8]]
+    assert math.isnan(metrics.largest_drop(gap)) and math.isnan(metrics.aia(gap))
+    assert metrics.memory_lifetime(gap) == [[0.9, 0.8], []]
+    with pytest.raises(ValueError, match="baseline has 1 tasks, the run 2"):
+        metrics.anterograde_forgetting(gap, [0.9])
 
 
 def test_scores_of_short_and_empty_runs():
@@ -51,7 +59,7 @@ def test_unknown_conventions_are_named():
 
 def test_results_survive_json():
     task = metrics.TaskRecord(0, "first", 5, 80, 1.5, [(0, 2.5), (4, 0.5)], [(4, 1e-3)])
-    results = fh.Results([task], {0: {0: 0.9}}, 123)
+    results = fh.Results([task], {0: {0: 0.9}}, 123, baseline=[0.95])
     assert fh.Results.from_json(json.loads(json.dumps(results.to_json()))) == results
 
 
