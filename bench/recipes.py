@@ -13,16 +13,15 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fasthyper.checkpoint import read_results
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.recipes import RECIPES
+from fasthyper.recipes import RECIPES, settings
 
 FILE = Path(__file__).parent / "results" / "recipes.json"
-FREE = ("seed", "data_dir", "about", "source", "published")  # settings that do not change what is measured
+FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
 
 
 def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
     Raises:
         ValueError: a run that is not finished, or of other settings.
     """
-    wanted = json.loads(json.dumps(asdict(RECIPES[name])))
+    wanted = settings(RECIPES[name])
     runs: dict[int, tuple[Results, dict[str, Any]]] = {}
     for directory in directories:
         content = read_results(directory)

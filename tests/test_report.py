@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -19,7 +19,7 @@ from synthetic_runs import results, results_of, write_embeddings, write_run, wri
 
 from fasthyper.errors import FasthyperError
 from fasthyper.metrics import Results
-from fasthyper.recipes import RECIPES
+from fasthyper.recipes import RECIPES, settings
 from fasthyper.report import figures, grouped, load_run, write_report
 from fasthyper.report.runs import SCORES
 
@@ -163,7 +163,7 @@ def test_text_of_a_run_is_only_text(make_run, tmp_path):
 
 def test_command_makes_the_run_again(make_run):
     recipe = replace(RECIPES["demo"], num_tasks=3, hidden=(5, 6), lookahead=False, chunk_size=None)
-    directory = make_run(results(3), config=json.loads(json.dumps(asdict(recipe))), directory="a run")
+    directory = make_run(results(3), config=settings(recipe), directory="a run")
     expected = "fasthyper run demo --out 'a run' --num-tasks 3 --chunk-size None --hidden 5,6 --lookahead False"
     assert load_run(directory).command == expected
     assert expected in read(write_report([directory]))[1]

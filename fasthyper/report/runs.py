@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fasthyper import metrics
 from fasthyper.checkpoint import RESULTS, read_results
 from fasthyper.errors import FasthyperError
 from fasthyper.metrics import BWT_CONVENTIONS, FORGETTING_CONVENTIONS, Results
-from fasthyper.recipes import RECIPES
+from fasthyper.recipes import RECIPES, settings
 
 ACCURACY = "accuracy"
 NEVER = "n/a"
@@ -45,18 +45,14 @@ class Run:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """As ``Results.scores()``, and ``anterograde``; differences of errors are of minus the error: a gain is positive."""
+        """As ``Results.scores()``, of errors ``acc`` their mean, and ``anterograde``, of minus the error where it is one."""
         sign = 1 if self.measure == ACCURACY else -1
         better = [[sign * x for x in row] for row in self.matrix]
         alone = math.nan
         if self.baseline is not None:
             alone = metrics.anterograde_forgetting(better, [sign * x for x in self.baseline])
-        return self.results.scores() | {
-            "bwt": metrics.bwt(better),
-            "forgetting": metrics.forgetting(better),
-            "largest_drop": metrics.largest_drop(better),
-            "anterograde": alone,
-        }
+        scores = self.results.scores()
+        return scores | {"acc": scores[metrics.MEASURES[self.measure].key], "anterograde": alone}
 
     @property
     def seed(self) -> Any:
@@ -66,7 +62,7 @@ class Run:
     @property
     def command(self) -> str | None:
         """What makes this run again, if a recipe made it."""
-        recipe = asdict(RECIPES[self.name]) if self.name in RECIPES else {}
+        recipe = settings(RECIPES[self.name]) if self.name in RECIPES else {}
         if self.config.keys() != recipe.keys():
             return None
         words = ["fasthyper", "run", self.name, "--out", self.directory.resolve().name]
