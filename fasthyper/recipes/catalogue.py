@@ -164,7 +164,7 @@ _ALL = (
         steps=200,
         lr=2e-3,
         schedule="cosine",
-        beta=0.05,
+        beta=0.2,
         reg_tasks=64,
         evaluate_every=50,
     ),
