@@ -294,3 +294,17 @@ def test_a_replayed_step_waits_for_nothing(device, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     assert trainer._current.record.steps < 40  # nothing was waited for
     assert trainer.end_task().steps == 40
+
+
+def test_a_schedule_switches_graphs_off_and_forgetting_does_not(device):
+    def fit_and_forget(trainer, task, **options):
+        fh.Trainer.fit(trainer, task, **options)
+        if task.index == 1:
+            trainer.forget(0, steps=3)
+
+    for options in ({"schedule": "cosine"}, {"fit": fit_and_forget, "plastic": True}):
+        same(trained(device, None, **options), trained(device, False, **options))
+    for schedule, has_graph in (("cosine", False), ("constant", True)):
+        trainer = fh.Trainer(toy_hnet(), device=device, schedule=schedule, progress=False)
+        trainer.begin_task(steps=1)
+        assert (trainer._current.graph is not None) == has_graph
