@@ -43,11 +43,12 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
     """``-T^2 mean_b sum_c softmax(teacher_b / T)_c log softmax(student_b / T)_c`` (Hinton, Vinyals and Dean, 2015).
 
     Args:
-        student, teacher: logits ``[..., C]`` and ``[..., K]``, K <= C; classes that the teacher lacks have probability 0.
+        student, teacher: logits ``[..., C]`` and ``[..., K]``, K <= C; of classes that the teacher lacks they are 0, as in
+            the paper's experiments.
     """
-    wanted = (teacher / temperature).softmax(-1)
-    found = (student / temperature).log_softmax(-1)[..., : teacher.shape[-1]]
-    return -(temperature**2) * (wanted * found).sum(-1).mean()
+    teacher = F.pad(teacher, (0, student.shape[-1] - teacher.shape[-1]))
+    found = (student / temperature).log_softmax(-1)
+    return -(temperature**2) * ((teacher / temperature).softmax(-1) * found).sum(-1).mean()
 
 
 @dataclass
@@ -388,6 +389,14 @@ class HnetR(_Method):
 
     Raises:
         ValueError: an unknown scenario, or numbers out of range.
+
+    Example::
+
+        net = fh.nets.xavier_(fh.nets.MLP(784, (400, 400), 10), seed=2)
+        method = fh.HnetR(replay, net, scenario="class", classes=2)         # replay: see fh.ReplayModel
+        for task in stream:
+            method.fit(task, steps=2000)
+            method.evaluate(stream[: task.index + 1])
     """
 
     has_teacher = True

@@ -139,7 +139,7 @@ class Decoders:
 
     @torch.no_grad()
     def __init__(self, replay: ReplayModel, tasks: Sequence[int]):
-        self.hnet = replay.hnet
+        self.hnet = replay.hnet.eval()
         self.conditions = torch.stack([replay.condition(task) for task in tasks])
         size = max(1, MEMORY // (self.hnet.target.num_weights * self.hnet.basis.element_size()))
         self._groups = [list(tasks[lo : lo + size]) for lo in range(0, len(tasks), size)]
@@ -148,7 +148,6 @@ class Decoders:
     @torch.no_grad()
     def __call__(self, noise: Tensor) -> Tensor:
         """Images ``[K, n, F]``, values 0..1, from ``noise`` ``[K, n, L]``."""
-        self.hnet.eval()
         images, size = [], len(self._groups[0])
         for tasks, *given in zip(self._groups, noise.split(size), self.conditions.split(size), strict=True):
             weights = self.hnet.generate(tasks) if self._weights is None else self._weights
