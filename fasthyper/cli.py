@@ -170,8 +170,8 @@ def _export(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     if args.json:
-        reached = {name: dataclasses.asdict(runs) for name, runs in measured().items()}
-        entries = [{**dataclasses.asdict(recipe), "measured": reached.get(name)} for name, recipe in RECIPES.items()]
+        plain = {name: dataclasses.asdict(runs) for name, runs in measured().items()}
+        entries = [{**dataclasses.asdict(recipe), "measured": plain.get(name)} for name, recipe in RECIPES.items()]
         print(json.dumps(entries, indent=2))
         return
     width, reached = max(map(len, RECIPES)), measured()

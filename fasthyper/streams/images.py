@@ -50,7 +50,7 @@ class ImageData(TaskData):
         return len(self._rows)
 
     @property
-    def labels(self) -> Tensor:  # type: ignore[override]
+    def labels(self) -> Tensor:
         """int64 ``[n]``."""
         return self._numbers
 
