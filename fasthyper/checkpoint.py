@@ -18,7 +18,7 @@ from fasthyper.errors import CheckpointError
 FORMAT = "fasthyper-checkpoint-1"
 HYPERNET_FORMAT = "fasthyper-hypernet-1"
 RESULTS_FORMAT = "fasthyper-results-1"
-CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
+CHECKPOINT, RESULTS, SAMPLES = "checkpoint.safetensors", "results.json", "samples.safetensors"
 LOGS = ("log.csv", "tensorboard", "wandb")  # may lie in a run's directory before its first checkpoint does
 
 

@@ -18,12 +18,14 @@ import torch
 
 import fasthyper
 from fasthyper.bench.verbs import add_verbs
-from fasthyper.checkpoint import CHECKPOINT
+from fasthyper.checkpoint import CHECKPOINT, read_results
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.export import load
+from fasthyper.inference import METHODS
 from fasthyper.loggers import KINDS, open_logger
-from fasthyper.recipes import RECIPES, Recipe, Runner, measured, run, with_error
+from fasthyper.metrics import MEASURES, Results
+from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, run, with_error
 from fasthyper.streams import fetch
 
 _FIXED = ("name", "about", "source", "published")
@@ -73,6 +75,14 @@ def _parser() -> _Parser:
             convert = _converter(hints[field.name])
             verb.add_argument(*sorted(flags), dest=f"set_{field.name}", type=convert, metavar=convert.__name__.upper())
     verb.set_defaults(command=_run)
+
+    verb = verbs.add_parser("eval", help="what a run reaches now on the test data of its tasks so far")
+    verb.add_argument("directory", type=Path, metavar="RUN_DIR", help="directory of a run")
+    verb.add_argument(
+        "--infer", choices=("no", *METHODS), help="how to find the tasks of examples (default: as the recipe has it)"
+    )
+    verb.add_argument("--json", action="store_true", help="as one JSON object")
+    verb.set_defaults(command=_eval)
 
     verb = verbs.add_parser("report", help="HTML, PNG, CSV and JSON from finished or unfinished runs")
     verb.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run; several are compared")
@@ -151,6 +161,16 @@ def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None
     if not args.json:
         print(f"\n{trainer.results.summary()}\n")
     return trainer
+
+
+def _eval(args: argparse.Namespace) -> None:
+    found = evaluate(args.directory, False if args.infer == "no" else args.infer)
+    if args.json:
+        print(json.dumps(found))
+        return
+    measure = MEASURES[Results.from_json(read_results(args.directory)["results"]).measure]
+    for name, value in {**found, "mean": sum(found.values()) / len(found)}.items():
+        print(f"{name:<32}{measure.text(value):>10}")
 
 
 def _report(args: argparse.Namespace) -> None:

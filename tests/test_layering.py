@@ -78,7 +78,8 @@ ALLOWED = {
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
     "cli": {
-        *("bench", "checkpoint", "environment", "errors", "export", "loggers", "metrics", "recipes", "report", "streams"),
+        *("bench", "checkpoint", "environment", "errors", "export", "inference", "loggers", "metrics", "recipes", "report"),
+        "streams",
     },
     "__main__": {"cli"},
 }

@@ -3,6 +3,6 @@
 from fasthyper.recipes.catalogue import RECIPES
 from fasthyper.recipes.measured import measured, with_error
 from fasthyper.recipes.recipe import Recipe
-from fasthyper.recipes.run import Runner, run, settings
+from fasthyper.recipes.run import Runner, evaluate, run, settings
 
-__all__ = ["RECIPES", "Recipe", "Runner", "measured", "run", "settings", "with_error"]
+__all__ = ["RECIPES", "Recipe", "Runner", "evaluate", "measured", "run", "settings", "with_error"]

@@ -43,6 +43,7 @@ class Recipe:
     chunk_dim: int = 8
     activation: str = "elu"
     layout: str = "flat"
+    init: str = "xavier"
     loss: str = "cross_entropy"
     steps: int = 5000
     epochs: int | None = None

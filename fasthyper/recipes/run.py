@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from fasthyper import nets, streams
-from fasthyper.checkpoint import CHECKPOINT, claim
+from fasthyper.checkpoint import CHECKPOINT, SAMPLES, claim, read_results, write
 from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
-from fasthyper.metrics import MEASURES
+from fasthyper.metrics import MEASURES, accuracy_interval
 from fasthyper.recipes.recipe import Recipe
 from fasthyper.replay import HnetR, HnetTIR
 from fasthyper.replay_model import ReplayModel
@@ -43,6 +43,8 @@ TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
 
 
 Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, save and have results
+
+SAMPLES_PER_TASK = 12  # images that a replay model's run shows of each task
 
 
 def run(
@@ -87,7 +89,47 @@ def run(
     finally:
         for logger in runner.loggers:
             logger.close()
+    if not isinstance(runner, Trainer) and not (out / SAMPLES).exists():
+        write(out / SAMPLES, {"samples": runner.sample(SAMPLES_PER_TASK)}, "fasthyper-samples-1")
+    if recipe.stream == "f-celeba":
+        log(_beside_the_baseline(runner, stream))
     return runner
+
+
+def evaluate(directory: Path, infer: bool | str | None = None) -> dict[str, float]:
+    """What a run reaches now on its tasks so far, by their names; the run stays as it is.
+
+    ``infer``: as ``Trainer.evaluate`` has it; ``None``: as the recipe has it.
+
+    Raises:
+        CheckpointError: there is no run, or one that no recipe made.  ValueError: ``infer`` of HNET+TIR or HNET+R.
+    """
+    try:
+        recipe = Recipe(**read_results(directory)["config"])
+    except TypeError as error:
+        raise CheckpointError(f"{directory} holds a run that no recipe of this version made: use fh.Trainer.load") from error
+    runner: Runner = class_of(recipe).load(directory, progress=False)
+    tasks = STREAMS[recipe.stream](recipe)[: len(runner.results.tasks)]
+    if isinstance(runner, Trainer):
+        found = runner.evaluate(tasks, infer=infer)
+    elif infer is None:
+        found = runner.evaluate(tasks)
+    else:
+        raise ValueError(f"{directory} holds a run of {recipe.method!r}, which finds tasks its own way: leave out --infer")
+    return dict(zip([task.name for task in tasks], found, strict=True))
+
+
+def _beside_the_baseline(runner: Runner, stream: streams.Stream) -> str:
+    """The mean accuracy with its interval, and what the same answer for all would reach."""
+    percent = MEASURES["accuracy"].text
+    sizes, last = [len(task.test) for task in stream], runner.results.matrix[-1]
+    right = round(sum(size * accuracy for size, accuracy in zip(sizes, last, strict=True)))
+    low, high = (percent(bound, False) for bound in accuracy_interval(right, sum(sizes)))
+    same, total = streams.constant_baseline(stream)
+    return (
+        f"{percent(right / sum(sizes))} of {sum(sizes)} test images, 95 % interval {low} to {high} (Wilson); "
+        f"the same answer for all: {percent(same / total)}"
+    )
 
 
 def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
@@ -172,7 +214,7 @@ def build(recipe: Recipe, num_inputs: int, num_classes: int) -> ChunkedHypernet:
     )
 
 
-HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "seed")
+HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "seed")
 TRAINER = (
     *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
     *("loss", "seed"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasthyper.checkpoint import CHECKPOINT, read_some
+from fasthyper.checkpoint import CHECKPOINT, SAMPLES, read_some
 from fasthyper.errors import CheckpointError, FasthyperError
 from fasthyper.metrics import average_so_far, memory_lifetime
 from fasthyper.report.runs import ACCURACY, Group, Run
@@ -24,7 +24,6 @@ MOST_MARKS = 40  # tasks drawn in full in the other figures
 MOST_CELLS = 500  # per side of a drawn matrix
 MOST_POINTS = 600  # of a drawn curve
 MOST_ROWS = 20  # of generated samples
-SAMPLES = "samples.safetensors"
 
 PAGE, INK, MUTED, LINE, AFTER, END = "#fdfdfc", "#1b2229", "#626c77", "#e2e5e9", "#d0661b", "#2b6cb0"
 COLORS = (END, AFTER, "#2a8256", "#b83280", "#7450c9", "#0e7f8a")  # of groups; beyond, dashed
