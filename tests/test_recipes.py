@@ -1,9 +1,15 @@
 """The recipes are the papers' configurations; measured results are told from the recipes' own settings."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
-from fasthyper.recipes import RECIPES
+from fasthyper import HnetR, HnetTIR, Trainer
+from fasthyper.recipes import RECIPES, evaluate, measured, run, with_error
+from fasthyper.recipes.measured import Measured
 from fasthyper.recipes.run import build, build_replay
+from fasthyper.streams import permuted_digits
 
 # inputs, classes, generated weights, chunks, parameters of the hypernetwork with all task embeddings: as in the paper's code
 SIZES = {
@@ -40,3 +46,82 @@ def test_decoders_are_those_of_the_papers_code(name):
     hnet = build_replay(RECIPES[name], num_inputs)
     assert (hnet.target.num_weights, hnet.layout.num_chunks) == (num_weights, num_chunks)
     assert hnet.num_tasks == RECIPES[name].num_tasks - 1
+
+
+TINY = {"num_tasks": 2, "steps": 6, "batch_size": 8, "target_hidden": (6,), "chunk_size": 300, "hidden": (5,), "task_dim": 4}
+TINY_REPLAY = {"replay_hidden": (5,), "replay_chunk_size": 200}
+
+
+def tiny(name, **options):
+    return replace(RECIPES[name], stream="permuted-digits", **{**TINY, **TINY_REPLAY, **options})
+
+
+@pytest.mark.parametrize("scenario", ["cl1", "cl2", "cl3"])
+@pytest.mark.parametrize("method", ["ent", "tir", "r"])
+def test_every_scenario_and_method_runs_and_is_evaluated_in_its_own_way(tmp_path, scenario, method):
+    pytest.importorskip("sklearn")
+    recipe, lines = tiny(f"split-mnist-{scenario}-{method}"), []
+    runner = run(recipe, tmp_path, progress=False, log=lines.append)
+    kind = {"ent": Trainer, "tir": Trainer if scenario == "cl1" else HnetTIR, "r": HnetR}[method]
+    assert type(runner) is kind and len(runner.results.tasks) == 2
+    if kind is Trainer:
+        assert runner.infer == (None if scenario == "cl1" else "entropy")
+        tasks = permuted_digits(2, recipe.seed)
+        assert runner.evaluate(tasks, infer=scenario != "cl1") == runner.results.matrix[1]
+    assert (tmp_path / "samples.safetensors").exists() == (kind is not Trainer)
+    again = run(recipe, tmp_path, progress=False, log=lines.append)
+    assert again.results == runner.results and "nothing to train" in lines[-1]
+    assert list(evaluate(tmp_path).values()) == runner.results.matrix[1]
+
+
+def test_steps_may_go_by_epochs_and_evaluation_by_tasks(tmp_path):
+    pytest.importorskip("sklearn")
+    recipe = tiny("permuted-mnist-1000", num_tasks=3, epochs=2, batch_size=500, evaluate_every=2)
+    results = run(recipe, tmp_path, progress=False, log=lambda line: None).results
+    assert [task.steps for task in results.tasks] == [4, 4, 4]  # twice 1347 // 500
+    assert [sorted(results.accuracy[i]) for i in range(3)] == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_a_regression_is_measured_by_its_error(tmp_path):
+    recipe, lines = replace(RECIPES["toy-regression"], steps=5, num_tasks=2), []
+    results = run(recipe, tmp_path, progress=False, log=lines.append).results
+    assert results.measure == "mse" and lines[-1].startswith("    mse ") and "mean over 2 tasks" in lines[-1]
+
+
+def test_choices_are_named(tmp_path):
+    for what in ("stream", "target", "scenario", "method"):
+        with pytest.raises(ValueError, match=f"unknown {what} 'x'; choose from "):
+            run(replace(RECIPES["demo"], **{what: "x"}), tmp_path)
+
+
+def test_measured_results_are_gathered_from_finished_runs_of_the_recipes_own_settings(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    import recipes as gather
+
+    recipe = replace(tiny("demo"), name="tiny")
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    for seed in (7, 8):
+        run(replace(recipe, seed=seed), tmp_path / str(seed), progress=False, log=lambda line: None)
+    entry = gather.entry("tiny", [tmp_path / "8", tmp_path / "7"])
+    assert entry["seeds"] == [7, 8] and entry["measure"] == "accuracy" and entry["steps"] == 12
+    assert Measured(**{key: entry[key] for key in Measured.__dataclass_fields__}).mean_and_error == with_error(
+        entry["score"]
+    )
+    run(replace(recipe, lr=0.5), tmp_path / "other", progress=False, log=lambda line: None)
+    with pytest.raises(ValueError, match=r"other: lr is 0.5, in the recipe 0.0005"):
+        gather.entry("tiny", [tmp_path / "other"])
+    content = json.loads((tmp_path / "7" / "results.json").read_text())
+    del content["results"]["tasks"][1], content["results"]["accuracy"]["1"]
+    (tmp_path / "7" / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="1 of 2 tasks are trained"):
+        gather.entry("tiny", [tmp_path / "7"])
+
+
+def test_mean_and_standard_error():
+    assert with_error([0.95]) == "95.00 %"
+    assert with_error([0.94, 0.96, 0.95]) == "95.00 ± 0.58 %"
+    assert with_error([0.004, 0.006], "mse") == "0.005 ± 0.001"
+
+
+def test_what_is_kept_can_be_shown():
+    assert all(name in RECIPES and len(runs.seeds) == len(runs.score) for name, runs in measured().items())
