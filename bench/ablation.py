@@ -1,6 +1,6 @@
 """How many past tasks a step should hold: all, or 1, 8, 32 sampled ones, at equal steps and at equal time.
 
-python bench/ablation.py [--tasks 50] [--seeds 42,43,44] [--runs DIR]   writes bench/results/ablation.json; goes on where it was
+python bench/ablation.py [--tasks 50] [--seeds 42,43,44] [--runs DIR]   writes bench/results/ablation.json; can go on
 
 The recipe is ``permuted-mnist-1000``, of fewer tasks. Equal time: each seed's runs that sample take as many more steps as
 theirs are faster than those that hold all tasks. Time is that of the processor, of one thread: other work does not count.

@@ -68,6 +68,7 @@ def _parser() -> _Parser:
     )
     verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end, or a list")
     verb.add_argument("--log", type=_kinds, default=(), metavar=",".join(KINDS), help="also log to these, in that directory")
+    verb.add_argument("--device", type=_device, help="where to train (default: on a GPU, if there is one)")
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
@@ -157,6 +158,7 @@ def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None
         progress=not args.json,
         log=log,
         loggers=lambda: [open_logger(kind, args.out, recipe.name, dataclasses.asdict(recipe)) for kind in args.log],
+        device=args.device,
     )
     if not args.json:
         print(f"\n{trainer.results.summary()}\n")
@@ -249,6 +251,13 @@ def _recipe(name: str) -> Recipe:
         hint = f"did you mean {' or '.join(close)}?" if close else "`fasthyper list` shows them"
         raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {hint}")
     return RECIPES[name]
+
+
+def _device(text: str) -> str:
+    if not text.startswith(("cpu", "cuda")) or (text.startswith("cuda") and not torch.cuda.is_available()):
+        have = "cpu, cuda" if torch.cuda.is_available() else "cpu, and no GPU is seen"
+        raise argparse.ArgumentTypeError(f"no device {text!r} here; there is {have}")
+    return text
 
 
 def _count(text: str) -> int:

@@ -77,6 +77,23 @@ def test_run_trains_resumes_and_reports(tmp_path, capsys, layout):
     assert json.loads(capsys.readouterr().out)["acc"] > 0
 
 
+def test_several_seeds_are_runs_of_their_own_and_one_report(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "runs"
+    assert cli("run", "permuted-digits", "--seeds", "2", "--seed", "5", "--out", out, "--device", "cpu", *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "seed 5" in printed and "seed 6" in printed and "2 seeds: " in printed and " ± " in printed
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["seed-5", "seed-6"]
+    assert (out / "report.html").exists()
+    assert cli("run", "permuted-digits", "--seeds", "2", "--seed", "5", "--out", out, "--json", *SMALL) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+    assert cli("eval", out / "seed-5") == 0
+    last = json.loads((out / "seed-5" / "results.json").read_text())["results"]["accuracy"]["1"]
+    assert f"{100 * sum(last.values()) / 2:.2f} %" in capsys.readouterr().out.splitlines()[-1]
+    assert cli("eval", out / "seed-5", "--infer", "entropy", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["permuted-digits/0", "permuted-digits/1"]
+
+
 def test_run_refuses_other_settings_and_foreign_directories(tmp_path, capsys):
     pytest.importorskip("sklearn")
     out = tmp_path / "run"
@@ -108,6 +125,9 @@ def test_run_refuses_other_settings_and_foreign_directories(tmp_path, capsys):
         (["run", "demo", "--hidden", "25;25"], ["'25;25' is not int,int,..."]),
         (["run", "demo", "--lookahead", "maybe"], ["'maybe' is not true|false"]),
         (["run", "demo", "--no-such-setting", "1"], ["unrecognized arguments"]),
+        (["run", "demo", "--device", "tpu"], ["no device 'tpu' here; there is cpu"]),
+        (["run", "demo", "--seeds", "0"], ["'0' is not a number from 1 on"]),
+        (["eval", "runs", "--infer", "guess"], ["invalid choice: 'guess'"]),
         (["report"], ["required: DIR"]),
         (["dance"], ["invalid choice: 'dance'"]),
         ([], ["required: COMMAND"]),
@@ -127,6 +147,7 @@ def test_bad_usage_is_one_line_and_status_2(args, words, capsys):
         (["run", "permuted-digits", "--optimizer", "lion"], ["unknown optimizer 'lion'"]),
         (["run", "permuted-digits", "--num-tasks", "0"], ["num_tasks must be at least 1"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["eval", "nowhere"], ["no results.json in nowhere"]),
         (["data", "fetch", "imagenet"], ["unknown data set 'imagenet'; known: mnist"]),
     ],
     ids=str,

@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fasthyper import HnetR, HnetTIR, Trainer
+from fasthyper.metrics import accuracy_interval
 from fasthyper.recipes import RECIPES, evaluate, measured, run, with_error
 from fasthyper.recipes.measured import Measured
-from fasthyper.recipes.run import build, build_replay
-from fasthyper.streams import permuted_digits
+from fasthyper.recipes.run import _beside_the_baseline, build, build_replay
+from fasthyper.streams import Task, TaskData, permuted_digits
 
 # inputs, classes, generated weights, chunks, parameters of the hypernetwork with all task embeddings: as in the paper's code
 SIZES = {
@@ -86,6 +89,16 @@ def test_a_regression_is_measured_by_its_error(tmp_path):
     recipe, lines = replace(RECIPES["toy-regression"], steps=5, num_tasks=2), []
     results = run(recipe, tmp_path, progress=False, log=lines.append).results
     assert results.measure == "mse" and lines[-1].startswith("    mse ") and "mean over 2 tasks" in lines[-1]
+
+
+def test_f_celeba_is_shown_beside_the_same_answer_for_all():
+    tasks = [Task(i, TaskData(torch.rand(4, 2), torch.tensor([0, 0, 1, i])), TaskData(torch.rand(11, 2), y), 2) for i, y in
+             enumerate([torch.arange(11) % 2, torch.ones(11).long()])]  # fmt: skip
+    runner = SimpleNamespace(results=SimpleNamespace(matrix=[[1.0], [6 / 11, 9 / 11]]))
+    text = _beside_the_baseline(runner, tasks)
+    low, high = accuracy_interval(15, 22)
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} (Wilson)"
+    assert text == f"68.18 % of 22 test images, {interval}; the same answer for all: 27.27 %"
 
 
 def test_choices_are_named(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fasthyper import nets, streams
@@ -53,10 +54,12 @@ def run(
     progress: bool = True,
     log: Callable[[str], None] = print,
     loggers: Callable[[], Sequence[Logger]] = list,
+    device: str | None = None,
 ) -> Runner:
     """Trains ``recipe`` into ``out``, or goes on with it; evaluates the tasks so far after each one.
 
-    ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end.
+    ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end. ``device``: where
+    to train; ``None``: on a GPU, if there is one.
 
     Raises:
         ValueError: a setting that cannot be.  DataError: the data cannot be had.
@@ -69,7 +72,8 @@ def run(
     if recipe.stream.endswith("-mnist"):
         fetch(recipe.base, recipe.data_dir, log)  # a first download takes a while, and says what it does
     stream = STREAMS[recipe.stream](recipe)
-    runner = _resumed(recipe, out, progress) or _new(recipe, stream, out, progress)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    runner = _resumed(recipe, out, progress, device) or _new(recipe, stream, out, progress, device)
     done = len(runner.results.tasks)
     if done == len(stream):
         log(f"{out} holds all {done} tasks already; nothing to train")
@@ -137,11 +141,11 @@ def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
     return stream[:done] if done % recipe.evaluate_every == 0 or done == len(stream) else stream[done - 1 : done]
 
 
-def _resumed(recipe: Recipe, out: Path, progress: bool) -> Runner | None:
+def _resumed(recipe: Recipe, out: Path, progress: bool, device: str) -> Runner | None:
     """What ``out`` holds, if it holds anything: a run of the same settings."""
     if not (out / CHECKPOINT).exists():
         return None
-    runner: Runner = class_of(recipe).load(out, out=out, progress=progress)
+    runner: Runner = class_of(recipe).load(out, out=out, progress=progress, device=device)
     found = runner.config["settings"] or {}
     other = [f"{k} is {found.get(k)} there, {new} here" for k, new in settings(recipe).items() if found.get(k) != new]
     if other:
@@ -161,13 +165,14 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
 
 
-def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) -> Runner:
+def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool, device: str) -> Runner:
     num_inputs, num_classes = stream[0].train.shape[1:].numel(), stream[0].num_classes
     common: dict[str, Any] = {"name": recipe.name, "settings": settings(recipe), "progress": progress, "out": out}
     alone = class_of(recipe) is Trainer
     if class_of(recipe) is not HnetR:
         trainer = Trainer(
             build(recipe, num_inputs, num_classes),
+            device=device,
             infer=recipe.method if alone and recipe.scenario != "task" else None,
             optimizer_options={"betas": (recipe.adam_beta1, 0.999)} if recipe.adam_beta1 != 0.9 else None,
             **{key: getattr(recipe, key) for key in TRAINER},
@@ -175,9 +180,8 @@ def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool) -> R
         )
     if alone:
         return trainer
-    replay = ReplayModel(
-        build_replay(recipe, num_inputs), lr=recipe.lr, beta=recipe.replay_beta, seed=recipe.seed, progress=progress
-    )
+    options: dict[str, Any] = {"lr": recipe.lr, "seed": recipe.seed, "progress": progress, "device": device}
+    replay = ReplayModel(build_replay(recipe, num_inputs), beta=recipe.replay_beta, **options)
     if class_of(recipe) is HnetTIR:
         net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, recipe.num_tasks), recipe.seed)
         return HnetTIR(replay, net, trainer, lr=recipe.lr, seed=recipe.seed, **common)
