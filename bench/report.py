@@ -19,7 +19,7 @@ from fasthyper.bench.costs import Work
 from fasthyper.bench.figure import times_figure
 from fasthyper.bench.machine import Machine
 from fasthyper.metrics import Results
-from fasthyper.recipes import RECIPES, measured
+from fasthyper.recipes import RECIPES, measured, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "bench" / "figures"
@@ -57,6 +57,7 @@ def main() -> int:
             "layouts": layouts_table(layouts),
             "goals": goals_table(entries, cpu["machine_info"]["ceiling"]),
             "planner": planner_table(entries),
+            "ablation": ablation_table(json.loads((RESULTS / "ablation.json").read_text())),
             "gpu-goals": report_gpu.design_text(*gpu),
         },
     }
@@ -266,6 +267,24 @@ def planner_table(entries: list[dict[str, Any]]) -> str:
             name = f"`{row['workload']}`: {shape}" if "workload" in row else shape
             times = " | ".join(f"{1e3 * row['seconds'][form]:.2f}" for form in ("gram", "direct"))
             lines.append(f"| {name} | {times} | {row['auto_over_best']:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+def ablation_table(ablation: dict[str, Any]) -> str:
+    """Mean ± standard error over seeds of what is reached with so many past tasks held in each step."""
+    runs = ablation["runs"]
+    lines = ["", "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |", f"|{'---|' * 6}"]
+    whole = statistics.mean(run["seconds"] for run in runs if run["sampled"] is None)
+    for equal, sampled in dict.fromkeys((run["equal"], run["sampled"]) for run in runs):
+        some = [run for run in runs if (run["equal"], run["sampled"]) == (equal, sampled)]
+        steps = "/".join(str(step) for step in dict.fromkeys(run["steps"] for run in some))
+        accuracy = with_error([run["acc"] for run in some])
+        forgetting = with_error([run["forgetting"] for run in some]).removesuffix(" %")
+        seconds = statistics.mean(run["seconds"] for run in some) / whole
+        name = "all past tasks" if sampled is None else f"{sampled} sampled"
+        lines.append(f"| {name} | {equal} | {steps} | {accuracy} | {forgetting} | {seconds:.2f}× |")
+    seeds = sorted({run["seed"] for run in runs})
+    lines += ["", f"`{ablation['recipe']}` cut to {ablation['tasks']} tasks, seeds {', '.join(map(str, seeds))}."]
     return "\n".join([*lines, ""])
 
 
