@@ -164,7 +164,7 @@ _ALL = (
         steps=150,
         lr=2e-3,
         schedule="cosine",
-        beta=0.3,
+        beta=0.1,
         evaluate_every=50,
     ),
     Recipe(
