@@ -145,8 +145,7 @@ _ALL = (
         batch_size=256,
         lr=1e-3,
         schedule="cosine",
-        beta=0.01,
-        reg_tasks=32,
+        beta=0.05,
         evaluate_every=10,
     ),
     Recipe(
