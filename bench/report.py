@@ -273,7 +273,11 @@ def planner_table(entries: list[dict[str, Any]]) -> str:
 def ablation_table(ablation: dict[str, Any]) -> str:
     """Mean ± standard error over seeds of what is reached with so many past tasks held in each step."""
     runs = ablation["runs"]
-    lines = ["", "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |", f"|{'---|' * 6}"]
+    lines = [
+        "",
+        "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |",
+        f"|{'---|' * 6}",
+    ]
     whole = statistics.mean(run["seconds"] for run in runs if run["sampled"] is None)
     for equal, sampled in dict.fromkeys((run["equal"], run["sampled"]) for run in runs):
         some = [run for run in runs if (run["equal"], run["sampled"]) == (equal, sampled)]

@@ -121,7 +121,8 @@ class _Method(ABC):
             batch_size: examples per step, B; beside them go ``ceil(B / t)`` images of each of t past tasks.
 
         Returns:
-            The record of the label classifier, with the seconds of all parts.
+            The record of the label classifier, with the seconds of all parts, and the replay model's drift where the label
+            classifier has none.
 
         Raises:
             ValueError: the task is not the next one, labels or sizes out of range.  NonFiniteLossError: as ``Trainer.fit``.
@@ -138,7 +139,8 @@ class _Method(ABC):
             if self.out is not None:
                 self.save(self.out)
             raise
-        record = replace(records[0], seconds=sum(record.seconds for record in records))
+        drift = next((record.drift for record in records if record.drift), [])
+        record = replace(records[0], seconds=sum(record.seconds for record in records), drift=drift)
         self.results.tasks.append(record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         for logger in self.loggers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -260,12 +261,14 @@ def _embeddings(axes: Axes, groups: Sequence[Group]) -> str:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
-    run, size = groups[0].runs[0], groups[0].size
-    try:
-        found = read_some(run.directory / CHECKPOINT, "hnet.task_embeddings.")
-        embeddings = np.array([found[str(j)].double().numpy() for j in range(size)])
-    except (CheckpointError, KeyError):
+    run, found = groups[0].runs[0], {}
+    with contextlib.suppress(CheckpointError):
+        for network in ("", "labels.", "replay."):  # a trainer's; of HNET+TIR and HNET+R
+            found = found or read_some(run.directory / CHECKPOINT, f"{network}hnet.task_embeddings.")
+    size = min(len(found), groups[0].size)  # the last task is not replayed
+    if not size:
         return _nothing(axes, f"Task embeddings are read from {CHECKPOINT}, which is not there or holds none.")
+    embeddings = np.array([found[str(j)].double().numpy() for j in range(size)])
     if size < 3 or embeddings.ndim != 2 or not np.isfinite(embeddings).all():
         return _nothing(axes, "A map takes three tasks or more.")
     centred = embeddings - embeddings.mean(0)
@@ -410,3 +413,5 @@ FIGURES = (
     Figure("Drift", "", 2.4, partial(_curve, key="drift", what="How far the weights of past tasks moved, squared")),
     Figure("Generated samples", "", 4, _samples),
 )
+POSTER_LEFT = (FIGURES[0], FIGURES[3], FIGURES[8])  # the first two that have something to show
+POSTER_RIGHT = (*FIGURES[1:3], *FIGURES[6:8], *FIGURES[4:6])  # the first four

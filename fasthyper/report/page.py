@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from fasthyper.errors import FasthyperError
-from fasthyper.report.figures import COLORS, COMPARED, CSS, FIGURES, LOOK, MOST_NUMBERS, MUTED, PAGE, Figure
+from fasthyper.report.figures import (
+    COLORS,
+    COMPARED,
+    CSS,
+    FIGURES,
+    LOOK,
+    MOST_NUMBERS,
+    MUTED,
+    PAGE,
+    POSTER_LEFT,
+    POSTER_RIGHT,
+    Figure,
+)
 from fasthyper.report.runs import NEVER, SCORES, Group, Run, Score, as_json, grouped, load_run, plain
 from fasthyper.version import __version__
 
@@ -132,13 +144,19 @@ def _poster(group: Group) -> bytes:
     grid = canvas.add_gridspec(
         6, 5, width_ratios=(0.5, 7.2, 0.6, 7.2, 0.5), height_ratios=(3.8, 4, 4, 3.6, 3.6, 0.3), hspace=0.02
     )
-    cells = (grid[1:3, 1], grid[1, 3], grid[2, 3], grid[3:5, 1], None, None, grid[3, 3], grid[4, 3])
+    left, right = (grid[1:3, 1], grid[3:5, 1]), (grid[1, 3], grid[2, 3], grid[3, 3], grid[4, 3])
     with matplotlib.rc_context({"font.size": 13}):
-        for figure, cell in zip(FIGURES, cells, strict=False):
-            if cell is not None:
-                panel = canvas.add_subfigure(cell)
-                panel.suptitle(figure.title_of(group), x=0, ha="left", fontsize=17, fontweight="bold")
-                figure.draw(panel.add_subplot(), [group])
+        for figures, cells in ((POSTER_LEFT, left), (POSTER_RIGHT, right)):
+            waiting = iter(figures)
+            for cell in cells:
+                for figure in waiting:  # until one has something to show
+                    panel = canvas.add_subfigure(cell)
+                    axes = panel.add_subplot()
+                    figure.draw(axes, [group])
+                    if axes.axison:
+                        panel.suptitle(figure.title_of(group), x=0, ha="left", fontsize=17, fontweight="bold")
+                        break
+                    panel.remove()
     file = io.BytesIO()
     canvas.savefig(file, format="png")
     return file.getvalue()
