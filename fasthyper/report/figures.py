@@ -302,6 +302,7 @@ def _embeddings(axes: Axes, groups: Sequence[Group]) -> str:
 
 def _samples(axes: Axes, groups: Sequence[Group]) -> str:
     import numpy as np
+    from matplotlib.figure import Figure as Canvas
 
     run = next((run for run in groups[0].runs if (run.directory / SAMPLES).exists()), None)
     if run is None:
@@ -318,7 +319,9 @@ def _samples(axes: Axes, groups: Sequence[Group]) -> str:
     axes.spines["bottom"].set_visible(False)
     axes.set(xticks=[], ylabel="task", yticks=height * np.arange(rows) + (height - 2) / 2, yticklabels=tasks)
     axes.set_anchor("NW")
-    axes.get_figure().set_figheight(0.3 + rows * min(0.5, 4.4 * height / width / columns))  # type: ignore[union-attr]
+    figure = axes.get_figure()
+    if isinstance(figure, Canvas):  # and no part of a poster
+        figure.set_figheight(0.3 + rows * min(0.5, 4.4 * height / width / columns))
     left_out = f" {rows} of {len(images):,} tasks are shown." if rows < len(images) else ""
     return f"What the replay model generates: a row for each task.{left_out}"
 
