@@ -261,7 +261,8 @@ def _embeddings(axes: Axes, groups: Sequence[Group]) -> str:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
-    run, found = groups[0].runs[0], {}
+    run = groups[0].runs[0]
+    found: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):
         for network in ("", "labels.", "replay."):  # a trainer's; of HNET+TIR and HNET+R
             found = found or read_some(run.directory / CHECKPOINT, f"{network}hnet.task_embeddings.")
