@@ -163,7 +163,6 @@ _ALL = (
         steps=150,
         lr=1e-3,
         lr_embedding=1e-2,
-        schedule="cosine",
         beta=5.0,
         reg_tasks=128,
         evaluate_every=50,
