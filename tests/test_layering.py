@@ -72,7 +72,9 @@ ALLOWED = {
         *("checkpoint", "errors", "hypernet", "loggers", "metrics", "nets", "replay", "replay_model", "streams", "trainer"),
     },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
-    "bench": {"compat", "environment", "errors", "hypernet", "layout", "nets", "planner", "regularizer", "trainer"},
+    "bench": {
+        *("compat", "environment", "errors", "hypernet", "layout", "metrics", "nets", "planner", "regularizer", "trainer"),
+    },
     "compat": {
         *("activations", "errors", "hypernet", "interrupt", "layout", "lookahead", "nets", "ops", "planner", "reference"),
         *("regularizer", "streams", "trainer", "trunk", "vision"),

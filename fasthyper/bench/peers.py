@@ -21,6 +21,7 @@ from fasthyper import nets
 from fasthyper.bench.workloads import Workload
 from fasthyper.compat.convert import in_hypnettorch_order, to_hypnettorch
 from fasthyper.hypernet import ChunkedHypernet
+from fasthyper.metrics import TaskRecord
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.trainer import Trainer
 
@@ -74,6 +75,7 @@ class Ours(Side):
         if what == "step":
             options = {"eps": self.eps}
             trainer = Trainer(self.hnet, lr=LR, beta=self.workload.beta, optimizer_options=options, progress=False)
+            trainer.results.tasks = [TaskRecord(task) for task in range(self.past)]
             current = trainer._begin(self.past, "")
             return lambda: trainer._step(current, self.x, self.y)
         regularizer = OutputRegularizer(self.hnet)
