@@ -45,6 +45,17 @@ TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
 
 Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, save and have results
 
+HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "seed")
+TRAINER = (
+    *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
+    *("loss", "seed"),
+)
+CHOICES: dict[str, Collection[str]] = {
+    "stream": STREAMS,
+    "target": TARGETS,
+    "scenario": ("task", "domain", "class"),
+    "method": ("entropy", "gradient", "tir", "replay"),
+}
 SAMPLES_PER_TASK = 12  # images that a replay model's run shows of each task
 
 
@@ -216,16 +227,3 @@ def build(recipe: Recipe, num_inputs: int, num_classes: int) -> ChunkedHypernet:
         outputs_per_task=num_classes if recipe.heads else None,
         **{key: getattr(recipe, key) for key in HNET},
     )
-
-
-HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "seed")
-TRAINER = (
-    *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
-    *("loss", "seed"),
-)
-CHOICES: dict[str, Collection[str]] = {
-    "stream": STREAMS,
-    "target": TARGETS,
-    "scenario": ("task", "domain", "class"),
-    "method": ("entropy", "gradient", "tir", "replay"),
-}
