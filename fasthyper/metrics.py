@@ -156,6 +156,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def is_sampled(step: int, steps: int, num_tasks: int) -> bool:
+    """Whether the curves keep this step, of so many planned: of a task at most 200, of a long sequence 20,000."""
+    per_task = max(10, min(200, 20_000 // max(1, num_tasks)))
+    return step % max(1, -(-steps // per_task)) == 0 or step + 1 == steps
+
+
 @dataclass
 class TaskRecord:
     """How one task was trained. ``loss`` and ``drift`` are samples (step, value), evenly spaced; ``seconds`` wall time."""

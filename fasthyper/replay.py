@@ -27,12 +27,12 @@ from fasthyper.inference import BATCH
 from fasthyper.interrupt import deferred_interrupt
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import take_step
-from fasthyper.metrics import Results, TaskRecord, peak_memory
+from fasthyper.metrics import Results, TaskRecord, is_sampled, peak_memory
 from fasthyper.progress import training_bar
 from fasthyper.replay_model import Decoders, ReplayModel
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches
-from fasthyper.trainer import SAMPLES_PER_TASK, Trainer, tests_of
+from fasthyper.trainer import Trainer, tests_of
 from fasthyper.training import optimizer_tensors, restore_optimizer
 
 SCENARIOS = ("task", "domain", "class")
@@ -315,7 +315,7 @@ class _Method(ABC):
                 before, clock = clock, time.perf_counter()
                 record.seconds += clock - before
                 record.steps, record.samples = step + 1, record.samples + batches.batch_size
-                if step % max(1, steps // SAMPLES_PER_TASK) == 0 or step + 1 == steps:
+                if is_sampled(step, steps, self.replay.hnet.num_tasks):
                     record.loss.append((step, loss))
                 show(step + 1, loss, math.nan)
                 if interrupted():

@@ -23,7 +23,7 @@ from fasthyper.interrupt import deferred_interrupt
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import look_ahead, make_capturable, take_step
 from fasthyper.losses import LOSSES
-from fasthyper.metrics import Results, TaskRecord, peak_memory
+from fasthyper.metrics import Results, TaskRecord, is_sampled, peak_memory
 from fasthyper.progress import training_bar
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams import Task, TaskData, as_task_data
@@ -37,7 +37,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rmsprop": (torch.optim.RMSprop, {}),
 }
 _Self = TypeVar("_Self", bound="Trainer")
-SAMPLES_PER_TASK = 200  # points of the loss and drift curves that are kept
 
 
 class Trainer:
@@ -567,7 +566,7 @@ class Trainer:
         now.latest = loss, drift
         record.steps, record.samples = step + 1, record.samples + size
         record.seconds, now.clock = record.seconds + clock - now.clock, clock
-        if step % max(1, now.planned // SAMPLES_PER_TASK) == 0 or step + 1 == now.planned:
+        if is_sampled(step, now.planned, self.hnet.num_tasks):
             record.loss.append((step, loss))
             if not math.isnan(drift):
                 record.drift.append((step, drift))

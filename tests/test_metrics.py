@@ -92,3 +92,9 @@ def test_ends_of_the_accuracy_interval_solve_its_equation(total, share, confiden
 def test_accuracy_interval_refuses(numbers):
     with pytest.raises(ValueError, match="need 0 <= correct <= total >= 1 and a confidence within"):
         metrics.accuracy_interval(*numbers)
+
+
+@pytest.mark.parametrize("steps, num_tasks, most", [(5000, 10, 200), (150, 1000, 20), (1, 3, 1), (7, 10**6, 10)])
+def test_curves_of_long_sequences_stay_short(steps, num_tasks, most):
+    kept = [step for step in range(steps) if metrics.is_sampled(step, steps, num_tasks)]
+    assert kept[0] == 0 and kept[-1] == steps - 1 and min(most, steps) // 2 <= len(kept) <= most + 1
