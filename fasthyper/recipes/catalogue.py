@@ -117,6 +117,16 @@ _ALL = (
     ),
     *_of_table_1(_SPLIT),
     *_of_table_1(_PERMUTED),
+    replace(
+        _PERMUTED,
+        name="permuted-mnist-10-cosine",
+        about="PermutedMNIST, 10 tasks, one shared output head, learning rates that fall within each task",
+        source="fasthyper",
+        heads=False,
+        lr=5e-4,
+        schedule="cosine",
+        beta=0.02,
+    ),
     _LONG,
     replace(
         _LONG,
