@@ -164,7 +164,7 @@ def test_loss_and_labels_must_go_together():
         for call in (lambda: trainer.fit(data, steps=1), lambda: trainer.evaluate([data])):  # noqa: B023
             with pytest.raises(ValueError, match=words):
                 call()
-    with pytest.raises(ValueError, match="infer=True needs classes, loss='mse' has none"):
+    with pytest.raises(ValueError, match="to infer tasks needs classes, loss='mse' has none"):
         trainer_of(hypernetwork()).evaluate([targets], infer=True)
     with pytest.raises(ValueError, match="unknown loss 'l1'; choose from cross_entropy, mse"):
         trainer_of(hypernetwork(), loss="l1")

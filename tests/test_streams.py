@@ -498,7 +498,7 @@ def test_mnist_streams_refuse(tiny_mnist, make, options, words):
 def test_other_bases_are_checked_and_named(tmp_path, tiny_mnist, monkeypatch, base, name):
     monkeypatch.setitem(fetch.DATASETS, base, fetch.DATASETS[base]._replace(sources={}))
     with pytest.raises(
-        DataError, match=rf"{base} could not be fetched .*put the four files into {tmp_path / 'none'} \(train-im"
+        DataError, match=rf"{base} cannot be fetched .*put the files train-images.* into {tmp_path / 'none'}"
     ):
         permuted_mnist(base=base, data_dir=tmp_path / "none")
     write_idx(tiny_mnist / "train-labels-idx1-ubyte.gz", torch.full((30,), 10))
