@@ -57,7 +57,9 @@ class Trainer:
         optimizer: a key of ``OPTIMIZERS``.  optimizer_options: more keyword arguments for it (``weight_decay``, ``betas``,
             ``momentum``, ...).
         schedule: of all learning rates within a task: ``"constant"``, or ``"cosine"``: in step s of n, counted from 0, they
-            are ``(1 + cos(pi s / n)) / 2`` of what was given, also in the look-ahead. n are the steps planned.
+            are ``(1 + cos(pi s / n)) / 2`` of what was given, also in the look-ahead; ``"warmup-cosine"``: that times
+            ``min(1, 10 s / n)``, for the first steps of a new Adam move theta by all of ``lr``, whatever the gradient, and
+            with it what past tasks generate. n are the steps planned.
         loss: of a task: ``"cross_entropy"``, for class numbers, or ``"mse"``, for floating-point targets.
         embedding_init: how the embedding of a new task begins: ``"normal"``, as drawn; ``"previous"``, as that of the last
             task that is not forgotten.

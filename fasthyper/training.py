@@ -16,6 +16,7 @@ from fasthyper.metrics import TaskRecord
 SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rates where this part of a task is done
     "constant": lambda _: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * min(done, 1))) / 2,
+    "warmup-cosine": lambda done: min(1.0, 10 * done) * (1 + math.cos(math.pi * min(done, 1))) / 2,
 }
 
 
