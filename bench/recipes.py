@@ -2,6 +2,7 @@
 
     fasthyper run split-mnist-cl1-ent --seeds 3 --out runs/a
     python bench/recipes.py runs/a/seed-*                       # one entry for each recipe among them, one number a seed
+    python bench/recipes.py --of split-mnist-cl3-ent runs/a/seed-*   # of a recipe that only evaluates these runs another way
 
 A run must be finished and of the recipe's own settings, but for the seed and where the data lie.
 """
@@ -13,33 +14,43 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fasthyper.checkpoint import read_results
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.recipes import RECIPES, settings
+from fasthyper.recipes import RECIPES, evaluate, settings
+from fasthyper.recipes.run import class_of
+from fasthyper.trainer import Trainer
 
 FILE = Path(__file__).parent / "results" / "recipes.json"
 FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
+EVALUATED = (*FREE, "name", "scenario", "method", "evaluate_every")  # nor what is trained, where these are a trainer's
 
 
-def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
-    """What is kept of the runs of one recipe.
+def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[str, Any]:
+    """What is kept of the runs of one recipe; or, of a recipe that trains the same, ``again`` evaluated in its way.
 
     Raises:
         ValueError: a run that is not finished, or of other settings.
     """
     wanted = settings(RECIPES[name])
+    if again and class_of(RECIPES[name]) is not Trainer:
+        raise ValueError(f"{name} trains more than a hypernetwork: run it")
     runs: dict[int, tuple[Results, dict[str, Any]]] = {}
     for directory in directories:
         content = read_results(directory)
         config, results = content["config"], Results.from_json(content["results"])
-        for key in wanted.keys() - FREE:
+        for key in wanted.keys() - (EVALUATED if again else FREE):
             if config.get(key) != wanted[key]:
                 raise ValueError(f"{directory}: {key} is {config.get(key)}, in the recipe {wanted[key]}")
         if len(results.tasks) != wanted["num_tasks"] or math.isnan(score(results)):
             raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
+        if again:
+            infer = False if wanted["scenario"] == "task" else wanted["method"]
+            found = evaluate(directory, infer)
+            results = replace(results, accuracy={len(found) - 1: dict(enumerate(found.values()))})
         runs[config["seed"]] = results, content["environment"]
     seeds = sorted(runs)
     environment = runs[seeds[0]][1]
@@ -47,7 +58,7 @@ def entry(name: str, directories: Sequence[Path]) -> dict[str, Any]:
     return {
         "seeds": seeds,
         "score": [score(runs[seed][0]) for seed in seeds],
-        "largest_drop": [runs[seed][0].scores()["largest_drop"] for seed in seeds],
+        "largest_drop": None if again else [runs[seed][0].scores()["largest_drop"] for seed in seeds],
         "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
         "measure": runs[seeds[0]][0].measure,
         "where": f"{threads} thread{'s' if threads > 1 else ''} of {environment['machine'].split(',')[0]}",
@@ -64,11 +75,13 @@ def score(results: Results) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--of", choices=[*RECIPES], metavar="RECIPE", help="that trains as these runs do")
+    args = parser.parse_args()
     found: dict[str, list[Path]] = defaultdict(list)
-    for directory in parser.parse_args().directories:
-        found[read_results(directory)["name"]].append(directory)
+    for directory in args.directories:
+        found[args.of or read_results(directory)["name"]].append(directory)
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-    kept |= {name: entry(name, directories) for name, directories in found.items()}
+    kept |= {name: entry(name, directories, again=args.of is not None) for name, directories in found.items()}
     FILE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     for name in found:
         print(f"{name}: {kept[name]['score']}")

@@ -197,7 +197,7 @@ def recipes_table() -> str:
     ]
     for name, runs in reached.items():
         seeds = f"{runs.mean_and_error}, {len(runs.seeds)} seed{'s' if len(runs.seeds) > 1 else ''}"
-        drop = f"{100 * max(runs.largest_drop):.2f}" if runs.measure == "accuracy" else ""
+        drop = f"{100 * max(runs.largest_drop):.2f}" if runs.largest_drop and runs.measure == "accuracy" else ""
         minutes = f"{runs.steps:,}, {statistics.mean(runs.seconds) / 60:.1f} on {runs.where}"
         lines.append(f"| `{name}` | {RECIPES[name].published} | {seeds} | {drop} | {minutes} |")
     missing = sum(name not in reached for name in RECIPES)

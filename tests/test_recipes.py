@@ -130,6 +130,22 @@ def test_measured_results_are_gathered_from_finished_runs_of_the_recipes_own_set
         gather.entry("tiny", [tmp_path / "7"])
 
 
+def test_runs_are_evaluated_again_in_the_way_of_a_recipe_that_trains_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    import recipes as gather
+
+    for name in ("split-mnist-cl1-ent", "split-mnist-cl3-ent", "split-mnist-cl2-ent", "split-mnist-cl3-tir"):
+        monkeypatch.setitem(RECIPES, name, tiny(name))
+    trainer = run(RECIPES["split-mnist-cl1-ent"], tmp_path, progress=False, log=lambda line: None)
+    entry = gather.entry("split-mnist-cl3-ent", [tmp_path], again=True)
+    inferred = trainer.evaluate(permuted_digits(2, trainer.seed), infer="entropy")
+    assert entry["score"] == [sum(inferred) / 2] != [trainer.results.scores()["acc"]] and entry["largest_drop"] is None
+    with pytest.raises(ValueError, match="heads is True, in the recipe False"):
+        gather.entry("split-mnist-cl2-ent", [tmp_path], again=True)
+    with pytest.raises(ValueError, match="split-mnist-cl3-tir trains more than a hypernetwork: run it"):
+        gather.entry("split-mnist-cl3-tir", [tmp_path], again=True)
+
+
 def test_mean_and_standard_error():
     assert with_error([0.95]) == "95.00 %"
     assert with_error([0.94, 0.96, 0.95]) == "95.00 ± 0.58 %"

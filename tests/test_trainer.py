@@ -50,7 +50,15 @@ def slow_loop(
 ):  # fmt: skip
     """The update of DESIGN 2.6, from its definition: the look-ahead is a real step of a copied optimizer."""
     optimizer_class, options = OPTIMIZERS[optimizer]
-    factor = {"constant": lambda s: 1, "cosine": lambda s: (1 + math.cos(math.pi * s / steps)) / 2}[schedule]
+
+    def cosine(step):
+        return (1 + math.cos(math.pi * step / steps)) / 2
+
+    factor = {
+        "constant": lambda s: 1,
+        "cosine": cosine,
+        "warmup-cosine": lambda s: min(1, s / (0.1 * steps)) * cosine(s),
+    }[schedule]
     losses, num_weights = [], hnet.target.num_weights
 
     def weights_of(theta, embedding):
@@ -133,6 +141,7 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"reg_tasks": 1},
         {"reg_tasks": 1, "plastic": True},
         {"schedule": "cosine"},
+        {"schedule": "warmup-cosine"},
         {"schedule": "cosine", "optimizer": "adamw", "reg_tasks": 1},
         {"schedule": "cosine", "optimizer": "sgd", "plastic": True},
         {"schedule": "cosine", "optimizer": "rmsprop"},

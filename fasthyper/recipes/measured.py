@@ -17,12 +17,12 @@ FILE = Path(__file__).with_name("measured.json")
 @dataclass(frozen=True)
 class Measured:
     """Runs of a recipe, one number for each seed: ``score`` (ACC, a fraction, or the mean error where ``measure`` is one),
-    ``largest_drop``, and ``seconds`` of training. ``steps``: of all tasks.  ``where``: threads and machine.
+    ``largest_drop``, if it was seen, and ``seconds`` of training. ``steps``: of all tasks.  ``where``: threads and machine.
     """
 
     seeds: Sequence[int]
     score: Sequence[float]
-    largest_drop: Sequence[float]
+    largest_drop: Sequence[float] | None
     seconds: Sequence[float]
     measure: str
     steps: int
