@@ -26,7 +26,15 @@ from fasthyper.trainer import Trainer
 
 FILE = Path(__file__).parent / "results" / "recipes.json"
 FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
-EVALUATED = (*FREE, "name", "scenario", "method", "evaluate_every")  # nor what is trained, where these are a trainer's
+REPLAY = ("replay_hidden", "replay_chunk_size", "replay_beta")
+EVALUATED = (
+    *FREE,
+    *REPLAY,
+    "name",
+    "scenario",
+    "method",
+    "evaluate_every",
+)  # nor what is trained, where these are a trainer's
 
 
 def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[str, Any]:

@@ -201,8 +201,8 @@ def recipes_table() -> str:
         minutes = f"{runs.steps:,}, {statistics.mean(runs.seconds) / 60:.1f} on {runs.where}"
         lines.append(f"| `{name}` | {RECIPES[name].published} | {seeds} | {drop} | {minutes} |")
     missing = sum(name not in reached for name in RECIPES)
-    if missing:
-        lines += ["", f"{missing} more have not been run yet; `fasthyper list` shows all."]
+    more = f" {missing} more recipes have not been run yet; `fasthyper list` shows all." if missing else ""
+    lines += ["", f"Minutes are wall time of training, on a machine that did other work beside.{more}"]
     return "\n".join([*lines, ""])
 
 
