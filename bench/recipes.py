@@ -27,14 +27,7 @@ from fasthyper.trainer import Trainer
 FILE = Path(__file__).parent / "results" / "recipes.json"
 FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
 REPLAY = ("replay_hidden", "replay_chunk_size", "replay_beta")
-EVALUATED = (
-    *FREE,
-    *REPLAY,
-    "name",
-    "scenario",
-    "method",
-    "evaluate_every",
-)  # nor what is trained, where these are a trainer's
+EVALUATED = (*FREE, *REPLAY, "name", "scenario", "method", "evaluate_every")  # nor, of a trainer alone, what is trained
 
 
 def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[str, Any]:

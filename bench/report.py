@@ -42,6 +42,7 @@ def main() -> int:
     gpu = *report_gpu.load(RESULTS), report_gpu.first_text(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
+    ceiling = cpu["machine_info"]["ceiling"]
     parts = {
         README: {
             "headline": headline(rows),
@@ -55,7 +56,7 @@ def main() -> int:
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(entries, cpu["machine_info"]["ceiling"]),
+            "goals": goals_table(entries, ceiling) + without_tiles(RESULTS / "p10_without_tiles.json"),
             "planner": planner_table(entries),
             "ablation": ablation_table(RESULTS / "ablation.json"),
             "gpu-goals": report_gpu.design_text(*gpu),
@@ -268,6 +269,19 @@ def planner_table(entries: list[dict[str, Any]]) -> str:
             times = " | ".join(f"{1e3 * row['seconds'][form]:.2f}" for form in ("gram", "direct"))
             lines.append(f"| {name} | {times} | {row['auto_over_best']:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def without_tiles(path: Path) -> str:
+    """Ratios to the peer on a machine without tile units, kept by ``fasthyper bench``."""
+    found = json.loads(path.read_text())
+    machine = found["environment"]
+    ratios = [
+        f"{row['peers'][PEER]['ratio']:.1f}× ({row['what']} `{row['workload']}` at {row['past']})" for row in found["rows"]
+    ]
+    return (
+        f"Without tile units, on {machine['machine']}, commit {machine['commit']}, {machine['date']}:\n"
+        f"{', '.join(ratios)}.\n"
+    )
 
 
 def ablation_table(path: Path) -> str:

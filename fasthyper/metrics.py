@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import NormalDist
+from statistics import NormalDist, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -146,6 +146,13 @@ def memory_lifetime(matrix: Matrix) -> list[list[float]]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def sem(values: Sequence[float]) -> float:
+    """Standard error of the mean: standard deviation (n - 1) over the square root of n; NaN for fewer than two, or gaps."""
+    if len(values) < 2 or any(map(math.isnan, values)):
+        return math.nan
+    return stdev(values) / math.sqrt(len(values))
 
 
 def peak_memory() -> int:

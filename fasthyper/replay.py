@@ -32,10 +32,10 @@ from fasthyper.progress import training_bar
 from fasthyper.replay_model import Decoders, ReplayModel
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches
+from fasthyper.streams.stream import check_scenario
 from fasthyper.trainer import Trainer, tests_of
 from fasthyper.training import optimizer_tensors, restore_optimizer
 
-SCENARIOS = ("task", "domain", "class")
 _Self = TypeVar("_Self", bound="_Method")
 
 
@@ -413,8 +413,7 @@ class HnetR(_Method):
         temperature: float = 2.0,
         **options: Any,
     ):
-        if scenario not in SCENARIOS:
-            raise ValueError(f"unknown scenario {scenario!r}; choose from {', '.join(SCENARIOS)}")
+        check_scenario(scenario)
         if classes < 1 or temperature <= 0:
             raise ValueError("classes must be at least 1 and temperature positive")
         super().__init__(replay, net, **options)

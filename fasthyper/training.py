@@ -45,7 +45,9 @@ class TaskInTraining:
         return self.record.steps + len(self.unread)
 
     def set_rates(self, schedule: str) -> None:
-        """Gives the optimizers the learning rates of the next step."""
+        """Gives the optimizers the learning rates of the next step; constant ones are left as they are."""
+        if schedule == "constant":
+            return
         factor = SCHEDULES[schedule](self.steps / max(1, self.planned))
         for optimizer in self._optimizers().values():
             for group in optimizer.param_groups:

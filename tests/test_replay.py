@@ -16,6 +16,7 @@ from fasthyper import graph, replay_model
 from fasthyper.replay import distillation_loss
 from fasthyper.replay_model import Decoders, vae_loss
 from fasthyper.streams.batches import Batches
+from fasthyper.streams.stream import SCENARIOS
 
 FEATURES, CLASSES = 8, 2
 
@@ -240,7 +241,7 @@ def test_the_teacher_is_the_classifier_before_the_task_and_stays():
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.3])
-@pytest.mark.parametrize("scenario", fh.replay.SCENARIOS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_r_loss_is_the_obvious_one(scenario, weight):
     method = make_r(scenario, replay_weight=weight)
     seen = seen_steps(method)
@@ -289,7 +290,7 @@ def right(method, kind, scenario, x, y, task, num_tasks):
     return label == y and (scenario == "domain" or guess == task)
 
 
-@pytest.mark.parametrize("kind, scenario", [("tir", "class"), ("tir", "domain"), *(("r", s) for s in fh.replay.SCENARIOS)])
+@pytest.mark.parametrize("kind, scenario", [("tir", "class"), ("tir", "domain"), *(("r", s) for s in SCENARIOS)])
 def test_accuracies_are_those_of_one_example_after_the_other(kind, scenario, monkeypatch):
     monkeypatch.setattr(fh.replay, "BATCH", 16)
     method, blurred = MAKE[kind](scenario), []

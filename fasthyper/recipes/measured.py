@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from fasthyper.metrics import MEASURES
+from fasthyper.metrics import MEASURES, sem
 
 FILE = Path(__file__).with_name("measured.json")
 
@@ -44,8 +44,7 @@ def with_error(values: Sequence[float], measure: str = "accuracy") -> str:
     write = MEASURES[measure].text
     if len(values) == 1:
         return write(values[0])
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{write(statistics.mean(values), False)} ± {write(error)}"
+    return f"{write(statistics.mean(values), False)} ± {write(sem(values))}"
 
 
 @cache

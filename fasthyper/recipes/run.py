@@ -21,6 +21,7 @@ from fasthyper.recipes.recipe import Recipe
 from fasthyper.replay import HnetR, HnetTIR
 from fasthyper.replay_model import ReplayModel
 from fasthyper.streams.fetch import fetch
+from fasthyper.streams.stream import SCENARIOS
 from fasthyper.trainer import Trainer
 
 STREAMS: dict[str, Callable[[Recipe], streams.Stream]] = {
@@ -53,7 +54,7 @@ TRAINER = (
 CHOICES: dict[str, Collection[str]] = {
     "stream": STREAMS,
     "target": TARGETS,
-    "scenario": ("task", "domain", "class"),
+    "scenario": SCENARIOS,
     "method": ("entropy", "gradient", "tir", "replay"),
 }
 SAMPLES_PER_TASK = 12  # images that a replay model's run shows of each task
@@ -89,7 +90,8 @@ def run(
     if done == len(stream):
         log(f"{out} holds all {done} tasks already; nothing to train")
     elif (out / CHECKPOINT).exists():
-        log(f"going on in {out}: {done} of {len(stream)} tasks are done")
+        into = f", {runner.current_step} steps into the next" if isinstance(runner, Trainer) else ""
+        log(f"going on in {out}: {done} of {len(stream)} tasks are done{into}")
     runner.loggers = list(loggers()) if done < len(stream) else []
     try:
         if done and (done - 1) not in runner.results.accuracy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +25,7 @@ NEVER = "n/a"
 class Run:
     """One run read from its directory. ``config`` and ``environment`` hold whatever was recorded, by name.
 
-    ``measure`` is what the matrix holds: ``accuracy``, or an error such as ``mse``, of which less is better.
-    ``baseline`` is the same of each task learned alone, if known.
+    ``baseline`` is what was measured of each task learned alone, if known.
     """
 
     directory: Path
@@ -35,8 +33,12 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     results: Results
-    measure: str = ACCURACY
     baseline: tuple[float, ...] | None = None
+
+    @property
+    def measure(self) -> str:
+        """What the matrix holds: ``accuracy``, or an error such as ``mse``, of which less is better."""
+        return self.results.measure
 
     @cached_property
     def matrix(self) -> list[list[float]]:
@@ -46,13 +48,10 @@ class Run:
     @cached_property
     def scores(self) -> dict[str, float]:
         """As ``Results.scores()``, of errors ``acc`` their mean, and ``anterograde``, of minus the error where it is one."""
-        sign = 1 if self.measure == ACCURACY else -1
-        better = [[sign * x for x in row] for row in self.matrix]
-        alone = math.nan
+        scores, measure, alone = self.results.scores(), metrics.MEASURES[self.measure], math.nan
         if self.baseline is not None:
-            alone = metrics.anterograde_forgetting(better, [sign * x for x in self.baseline])
-        scores = self.results.scores()
-        return scores | {"acc": scores[metrics.MEASURES[self.measure].key], "anterograde": alone}
+            alone = metrics.anterograde_forgetting(self.matrix, self.baseline) * (-1 if measure.is_error else 1)
+        return scores | {"acc": scores[measure.key], "anterograde": alone}
 
     @property
     def seed(self) -> Any:
@@ -167,11 +166,8 @@ class Group:
         return sum(run.scores[key] for run in self.runs) / len(self.runs)
 
     def sem(self, key: str) -> float:
-        """Standard error of that mean: standard deviation (n - 1) over the square root of n; NaN for one run."""
-        values = [run.scores[key] for run in self.runs]
-        if len(values) < 2 or any(map(math.isnan, values)):
-            return math.nan
-        return statistics.stdev(values) / math.sqrt(len(values))
+        """Standard error of that mean; NaN for one run."""
+        return metrics.sem([run.scores[key] for run in self.runs])
 
     def shown(self, score: Score) -> str:
         """Mean ± SEM without the unit."""
@@ -214,13 +210,13 @@ def load_run(directory: str | Path, baseline: Run | None = None) -> Run:
     path, content = directory / RESULTS, read_results(directory)
     try:
         name, config, environment = str(content["name"]), dict(content["config"]), dict(content["environment"])
-        results, measure = Results.from_json(content["results"]), str(content["results"].get("measure", ACCURACY))
+        results = Results.from_json(content["results"])
         alone = None
         if results.baseline is not None:
             alone = tuple(float(x) for x in results.baseline)
         elif baseline is not None:
             alone = tuple(row[j] for j, row in enumerate(baseline.matrix))
-        run = Run(directory, name, config, environment, results, measure, alone)
+        run = Run(directory, name, config, environment, results, alone)
         if alone is None or len(alone) >= len(results.tasks):
             _ = run.scores
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -229,9 +225,9 @@ def load_run(directory: str | Path, baseline: Run | None = None) -> Run:
         raise FasthyperError(f"{path} holds no finished task yet: go on with `fasthyper run RECIPE --out {directory}`")
     if alone is not None and len(alone) < len(results.tasks):
         raise FasthyperError(f"{path} has {len(results.tasks)} tasks, its baseline {len(alone)}: give one of as many")
-    if baseline is not None and baseline.measure != measure:
+    if baseline is not None and baseline.measure != run.measure:
         raise FasthyperError(
-            f"{path} is in {measure}, the baseline {baseline.directory} in {baseline.measure}: give one in {measure}"
+            f"{path} is in {run.measure}, the baseline {baseline.directory} in {baseline.measure}: give one in {run.measure}"
         )
     return run
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from fasthyper.errors import DataError
 from fasthyper.streams.fetch import contents
 from fasthyper.streams.images import ImageData, moments
-from fasthyper.streams.stream import Device, Stream, Task
+from fasthyper.streams.stream import Device, Stream, Task, check_scenario
 
 PIXELS = 3 * 32 * 32
 EXAMPLES = {"cifar-10": (50_000, 10_000), "cifar-100": (50_000, 10_000)}  # to train on, to test on
-SCENARIOS = ("task", "domain", "class")
 
 Pair = tuple[ImageData, ImageData]  # to train on, to test on
 
@@ -104,8 +103,7 @@ def _split(
     """``parts``: for each task its data set and the first of its ``num_classes`` classes."""
     if not 1 <= num_tasks <= len(parts):
         raise ValueError(f"{name} has 1 to {len(parts)} tasks, got num_tasks={num_tasks}")
-    if scenario not in SCENARIOS:
-        raise ValueError(f"unknown scenario {scenario!r}; choose from {', '.join(SCENARIOS)}")
+    check_scenario(scenario)
     parts = parts[:num_tasks]
     pairs = {dataset: _load(dataset, augment, data_dir, device) for dataset in dict(parts)}
 
