@@ -41,13 +41,15 @@ sys.exit(serves.startswith(("reference", "none")))'
 }
 
 # warnings are errors where versions are pinned; here they are those of the machine
-run_pytest() { python3 -m pytest -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few -m gpu "$@"; }
+run_pytest() {
+  local workers=()
+  python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)")
+  python3 -m pytest -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few "${workers[@]}" -m gpu "$@"
+}
 
 tests() {
-  local workers=()
-  python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
   # shellcheck disable=SC2046
-  run_pytest "${workers[@]}" $(grep -lE 'implementation|IMPLEMENTATIONS|mark\.gpu' tests/test_*.py | grep -v test_graph)
+  run_pytest $(grep -lE 'implementation|IMPLEMENTATIONS|mark\.gpu' tests/test_*.py | grep -v test_graph)
 }
 
 graph() {
