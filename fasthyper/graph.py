@@ -35,7 +35,11 @@ class Runtime(Protocol):
         """Runs it; whether it waited for the device, which a capture forbids."""
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
-        """What launches all of it at once. Nothing is executed yet."""
+        """What launches all of it at once. Nothing is executed yet.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
 
     def fetch(self, numbers: Tensor) -> Fetched:
         """Copies to the host what all launched so far will have written, without waiting."""
@@ -70,11 +74,8 @@ class Cuda:
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         capturing = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")
-        try:
-            with torch.cuda.stream(self._stream), capturing:  # the outer one ends also where the capture fails
-                run()
-        except RuntimeError as error:
-            raise RuntimeError(f"the step cannot be captured in a CUDA graph, pass graph=False: {error}") from error
+        with torch.cuda.stream(self._stream), capturing:  # the outer one ends also where the capture fails
+            run()
         return graph.replay
 
     def fetch(self, numbers: Tensor) -> Fetched:
@@ -114,8 +115,8 @@ class StepGraph:
         self._fetched: Fetched | None = None
         self._asked_at = time.perf_counter()
 
-    def launch(self, key: Hashable, run: Step, inputs: Sequence[Tensor]) -> bool:
-        """One step; whether it was, or can be, captured: it cannot where it waits for the device.
+    def launch(self, key: Hashable, run: Step, inputs: Sequence[Tensor]) -> str | None:
+        """One step; why it cannot be captured, or ``None``: it was, or can be.
 
         Args:
             key: what the step depends on beside numbers in tensors; keeps alive what is captured.
@@ -125,13 +126,13 @@ class StepGraph:
         key = key, *((t.shape, t.dtype) for t in inputs)
         if key not in self._steps and len(self._steps) < MOST_GRAPHS:
             self._steps[key] = _Captured(self._runtime, self._returning(run), inputs)
-        can_capture = True
+        obstacle = None
         if key in self._steps:
-            can_capture = self._steps[key](inputs)
+            obstacle = self._steps[key](inputs)
         else:
             self._returning(run)(*inputs)
         self._launched += 1
-        return can_capture
+        return obstacle
 
     def read(self, wait: bool = False) -> list[list[float]]:
         """What further steps returned, in order, as far as it has arrived: [k numbers, and others to fill up two] each.
@@ -176,13 +177,18 @@ class _Captured:
         self._run: Callable[[], object] = lambda: step(*self._inputs)
         self._runs, self._captured = 0, False
 
-    def __call__(self, inputs: Sequence[Tensor]) -> bool:
+    def __call__(self, inputs: Sequence[Tensor]) -> str | None:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         self._runs += 1
         if self._runs <= WARM_UP:
-            return not self._runtime.warm_up(self._run) or self._runs < WARM_UP  # the first may make what then stays
+            waits = self._runtime.warm_up(self._run)
+            return "it waits for the device" if waits and self._runs == WARM_UP else None  # the first makes what then stays
+        obstacle = None
         if not self._captured:
-            self._run, self._captured = self._runtime.capture(self._run), True
+            try:
+                self._run, self._captured = self._runtime.capture(self._run), True
+            except RuntimeError as error:  # one that is not of capturing alone comes again
+                obstacle = str(error).partition("\n")[0]
         self._run()
-        return True
+        return obstacle

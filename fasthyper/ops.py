@@ -634,8 +634,12 @@ def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **l
     for i, step in enumerate(steps):
         if step.dim():
             _check_shape(op, f"steps[{i}]", step, ())
-        if not step.is_cpu and step.device != params[0].device:
+        if step.device == params[0].device:
+            continue
+        if not step.is_cpu:
             raise ValueError(f"{op}: steps[{i}] is on {step.device}, params[0] on {params[0].device}; move one")
+        if torch.cuda.is_current_stream_capturing():  # a count there is read once, at the capture
+            raise ValueError(f"{op}: steps[{i}] is on the CPU, a CUDA graph needs it on {params[0].device}; move it")
     if params and params[0].dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: computes in float32 or float64, got {params[0].dtype}")
 

@@ -71,8 +71,8 @@ class Trainer:
             second late. So late is a loss that is not finite found, but nothing has changed since. The first steps of a task
             are run as they are, and so are all where they cannot be captured: with hooks in the hypernetwork or the target;
             with ``reg_tasks`` and output heads of the tasks' own; with a schedule, since a graph keeps its learning rate;
-            where the target puts another tensor in the place of a buffer, or waits for the device, which is warned of. Other
-            Python code in its ``forward`` is not run again.
+            where the target puts another tensor in the place of a buffer; and, which is warned of, where it waits for the
+            device or does something else that no graph can hold, as an LSTM of cuDNN does. Other Python code in its ``forward`` is not run again.
         out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
@@ -531,12 +531,12 @@ class Trainer:
             return self._update(now, *batch(*given[: len(inputs)]), *given[len(inputs) :], check=check)
 
         tasks, depends_on = self._sampled_tasks(now), (batch, self.hnet.training, self.beta, self.lookahead)
-        can_capture = graph.launch(depends_on, run, inputs if tasks is None else (*inputs, tasks))
+        obstacle = graph.launch(depends_on, run, inputs if tasks is None else (*inputs, tasks))
         now.unread.append((size, self._has_drift(now)))
-        self._collect(wait=not can_capture)
-        if not can_capture:
-            now.graph = None
-            warnings.warn("the target waits for the device: no CUDA graph, steps are run as they are", stacklevel=3)
+        self._collect(wait=obstacle is not None)
+        if obstacle is not None:
+            now.graph, self.graph = None, False  # it would be met again in the next task
+            warnings.warn(f"no CUDA graph of a step: {obstacle}; steps are run as they are", stacklevel=3)
 
     def _can_launch(self, now: TaskInTraining, shared: dict[str, Tensor]) -> bool:
         """Whether a step is all in tensors that stay where they are; ``shared`` were the target's before one."""

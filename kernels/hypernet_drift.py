@@ -29,6 +29,8 @@ from fasthyper.kernels.products import (
     tile,
 )
 
+SIZES = "num_tasks", "num_chunks"  # a size of 1 would be a constant, which has no type to cast
+
 
 @triton.jit
 def _store_features(
@@ -66,7 +68,7 @@ def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.co
     return tl.load(pre + at.to(tl.int64)[:, None] * width + col, mask=(row[:, None] < num_rows) & (col < width), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _first_layer(
     of_tasks, of_chunks, pre, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
     HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
@@ -90,7 +92,7 @@ def _first_layer(
     _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _layer(
     x_in, part_in, L_in, weights, weights_part, weights_L, weights0, weights0_part, weights0_L, pre, roots,
     x, part, L, slopes, num_tasks, num_chunks, width, P,
@@ -119,7 +121,7 @@ def _layer(
     _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _back(
     a, a_part, lda, b, b_part, ldb, depth, extra, roots, slopes, out, out_part, row_lo, row_hi,
     num_tasks, num_chunks, width, P,

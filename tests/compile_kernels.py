@@ -52,6 +52,8 @@ CALLS = {  # name: calls of ops in the default dtype
     "hyper_linear one, generated": lambda: hyper_linear(1, 1, 1, 1, 1, False),
     "hypernet_drift p100": lambda: hypernet_drift(99, 272, 7500, 128, 12, (200, 250, 350), 0, True, 0),
     "hypernet_drift p10, streamed": lambda: hypernet_drift(9, 27, 78000, 24, 8, (25, 25), 1, False, 0),
+    "hypernet_drift, one of everything": lambda: hypernet_drift(1, 1, 1, 1, 1, (1, 1), 0, True, 0),
+    "hypernet_drift, one of everything, streamed, direct": lambda: hypernet_drift(1, 1, 1, 1, 1, (1, 1), 0, False, 1),
     "hyper_linear one, factorised": lambda: hyper_linear(1, 1, 1, 1, 1, True),
 }
 SETTINGS = {  # dtype, torch's precision of float32 products

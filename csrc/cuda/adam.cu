@@ -192,13 +192,6 @@ void run(const AdamSettings& settings, bool whole, double scale, const std::vect
   }
 }
 
-// Counts in host memory are read, and written, at the call: right each time it is made, wrong each time a graph repeats it.
-void check_host_steps(const std::vector<Tensor>& steps, bool refusable, cudaStream_t stream) {
-  if (std::none_of(steps.begin(), steps.end(), [](const Tensor& step) { return step.is_cpu(); })) return;
-  STD_TORCH_CHECK(!is_capturing(stream), "adam: a CUDA graph needs steps on the parameters' device, got some on the CPU");
-  STD_TORCH_CHECK(!refusable, "adam: healthy is read on the device, which needs steps there, got some on the CPU");
-}
-
 std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                           std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, const AdamSettings& settings) {
   NoGrad no_grad;
@@ -209,7 +202,6 @@ std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Te
   check_like(params, exp_avgs, "exp_avgs");
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
   check_steps(params, steps);
-  check_host_steps(steps, false, current_stream(params[0]));
   const OnDevice device(params[0]);
   if (whole || settings.weight_decay != 0) make_contiguous(params);
   for (std::vector<Tensor>* list : {&grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
@@ -247,7 +239,6 @@ void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   check_like(params, exp_avg_sqs, "exp_avg_sqs");
   check_steps(params, steps);
   for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs}) check_in_place(*list);
-  check_host_steps(steps, healthy.has_value(), current_stream(params[0]));
   if (healthy)
     STD_TORCH_CHECK(
         healthy->scalar_type() == ScalarType::Bool && healthy->get_device_index() == params[0].get_device_index(),

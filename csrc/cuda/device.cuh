@@ -34,12 +34,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
 // To be called after each launch; an error of an earlier kernel may show here too
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
-inline bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 // As many numbers as one load or store moves
 template <typename scalar_t, int width>
 struct alignas(sizeof(scalar_t) * width) Vector {

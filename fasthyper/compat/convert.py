@@ -278,7 +278,7 @@ def _checked(result: Peer, hnet: ChunkedHypernet, weights: Any) -> Peer:
     """``result``, if the weights that the other one generated for the last task are those that ours does, up to rounding."""
     if hnet.num_tasks:
         ours, theirs = (torch.cat([w.flatten() for w in ws]) for ws in (hnet.generate(hnet.num_tasks - 1).values(), weights))
-        if not (ours - theirs).norm() <= torch.finfo(ours.dtype).eps ** 0.5 * theirs.norm():
+        if not (ours - theirs).norm() <= torch.finfo(ours.dtype).eps ** 0.25 * theirs.norm():  # TF32 has 1e-3
             raise ValueError(
                 "the other hypernetwork does more than its parameters say: it generates other weights with them"
             )
