@@ -3,8 +3,9 @@ is made and used, which implementation of an op is the fastest, and which kernel
 
 python bench/gpu.py OUT.json [--device cuda] [--seconds S] [--quick] [--commit NAME]
 
-``--device cpu --quick`` runs all of it on tiny shapes. OUT.json is written again after every row. What cannot run says why;
-what no time was left for is named under ``left_out``. The exit status is 1 where a peer computes something else than ours,
+``--device cpu --quick`` runs all of it on tiny shapes. OUT.json is written again after every row; where it is there already,
+of the same GPU, what it holds is kept and the rest is measured. What cannot run says why; what no time was left for is named
+under ``left_out``. The exit status is 1 where a peer computes something else than ours,
 or ours fails.
 """
 
@@ -48,6 +49,7 @@ STEPS_WARM = 8  # before a step is timed: those that a graph is captured after, 
 STEPS_COMPARED, GRAPH_BOUND = 8, 1e-3  # losses and drifts of the captured and of the plain path, relative
 PROFILED_STEPS = 20
 BATCHES = 100  # of data
+PARTS = ("rows", "hyper_linear", "alternatives", "profiles")
 HAS_GRAPH = "graph" in inspect.signature(Trainer).parameters
 
 
@@ -122,16 +124,12 @@ class Run:
 
     def __init__(self, device: Device, out: Path, seconds: float, commit: str | None):
         self.device, self.out, self.deadline = device, out, time.monotonic() + seconds
-        self.record: dict[str, Any] = {
-            "format": "fasthyper-gpu-1",
-            "environment": surroundings(device) | ({"commit": commit} if commit else {}),
-            "rows": [],
-            "hyper_linear": [],
-            "alternatives": [],
-            "profiles": [],
-            "left_out": [],
-            "failures": [],
-        }
+        here = surroundings(device) | ({"commit": commit} if commit else {})
+        self.record: dict[str, Any] = {"format": "fasthyper-gpu-2", "environment": here, "left_out": [], "failures": []}
+        earlier = json.loads(out.read_text()) if out.exists() else {"environment": here}
+        if earlier["environment"]["gpu"] != here["gpu"]:
+            raise SystemExit(f"{out} was measured on {earlier['environment']['gpu']}, not {here['gpu']}; name another file")
+        self.record |= {part: earlier.get(part, []) for part in PARTS}
 
     def measure(self, cases: Cases) -> None:
         self.record["rates"] = self.device.rates()
@@ -155,13 +153,16 @@ class Run:
         yield f"copy {1e-9 * rates['copy']:.3g} GB/s"
 
     def _each(self, kind: str, name: str, measure: Callable[[], Any]) -> None:
-        """Adds what ``measure`` finds to a part of the record; a failure ends neither run nor record."""
+        """Adds what ``measure`` finds to a part of the record, if it is not there; a failure ends neither run nor record."""
+        if any(entry["name"] == name for entry in self.record[kind]):
+            return
         if time.monotonic() > self.deadline:
             self.record["left_out"].append(name)
             return
         try:
             found = measure()
-            self.record[kind] += found if isinstance(found, list) else [found]
+            entries = found if isinstance(found, list) else [found]
+            self.record[kind] += [{"name": name, "commit": self.record["environment"]["commit"], **entry} for entry in entries]
         except Exception as error:  # a failing kernel, a difference: the other results must not go with it
             self.record["failures"].append(f"{name}: {one_line(error)}")
             print(f"{name}: FAILED: {one_line(error)}", flush=True)
@@ -196,7 +197,7 @@ class Run:
                 row |= {"macs": work.macs, "bytes": work.num_bytes, "ceiling_seconds": floor}
                 row["ceiling_share"] = floor / best["median"]
                 row["peers"] = {name: self._peer(workload, past, what, name, skipped[name], best) for name in PEERS}
-                skipped["compile"] = skipped["compile"] or "compiling takes a minute: done in the first precision"
+                skipped = {name: reason or "timed in the first precision" for name, reason in skipped.items()}
                 if what == "regularizer":
                     row["errors"] = self._errors(workload, past)
                 elif len(self._step_ways) > 1:

@@ -44,7 +44,7 @@ sys.exit(serves.startswith(("reference", "none")))'
 run_pytest() {
   local workers=()
   python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)")
-  python3 -m pytest -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few "${workers[@]}" -m gpu "$@"
+  python3 -m pytest -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few -rf --tb=short "${workers[@]}" -m gpu "$@"
 }
 
 tests() {
@@ -81,14 +81,17 @@ sanitize() {
 }
 
 sanitize_file() {
-  local tool=$1 name=$2 seconds=$3
+  local tool=$1 name=$2 seconds=$3 job
   # shellcheck disable=SC2086
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 8 "$seconds" compute-sanitizer --tool $tool --error-exitcode 9 \
     python3 -c 'import pytest, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(pytest.main())' -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few -m gpu \
-    -k "not f64" "tests/test_$name.py"
+sys.exit(pytest.main())' -v --tb=short -W default -p no:benchmark -p no:cacheprovider --hypothesis-profile=few -m gpu \
+    -k "not f64" "tests/test_$name.py" &
+  job=$!
+  wait $job
   echo $? >"$TMP/${tool%% *}-$name.status"
+  kill -KILL -- -$job 2>/dev/null # what outlives the sanitizer would take the GPU from what comes next
 }
 
 bench() {
