@@ -175,7 +175,7 @@ _ALL = (
         lr=2e-3,
         lr_embedding=2e-2,
         schedule="warmup-cosine",
-        beta=10.0,
+        beta=2.0,
         evaluate_every=50,
     ),
     Recipe(
