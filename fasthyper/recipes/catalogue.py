@@ -155,7 +155,7 @@ _ALL = (
         batch_size=256,
         lr=1e-3,
         schedule="warmup-cosine",
-        beta=0.01,
+        beta=0.03,
         reg_tasks=32,
         evaluate_every=10,
     ),
