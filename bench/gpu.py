@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from device import TOP_KERNELS, Call, Device, ceiling_seconds, matmul_precision, relative_error
+from report_gpu import PARTS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +50,6 @@ STEPS_WARM = 8  # before a step is timed: those that a graph is captured after, 
 STEPS_COMPARED, GRAPH_BOUND = 8, 1e-3  # losses and drifts of the captured and of the plain path, relative
 PROFILED_STEPS = 20
 BATCHES = 100  # of data
-PARTS = ("rows", "hyper_linear", "alternatives", "profiles")
 HAS_GRAPH = "graph" in inspect.signature(Trainer).parameters
 
 
@@ -161,8 +161,8 @@ class Run:
             return
         try:
             found = measure()
-            entries = found if isinstance(found, list) else [found]
-            self.record[kind] += [{"name": name, "commit": self.record["environment"]["commit"], **entry} for entry in entries]
+            known = {"name": name, "commit": self.record["environment"]["commit"]}
+            self.record[kind] += [known | entry for entry in (found if isinstance(found, list) else [found])]
         except Exception as error:  # a failing kernel, a difference: the other results must not go with it
             self.record["failures"].append(f"{name}: {one_line(error)}")
             print(f"{name}: FAILED: {one_line(error)}", flush=True)

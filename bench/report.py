@@ -39,7 +39,7 @@ CEILING_TEXT = (
 def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    gpu = *report_gpu.load(RESULTS), report_gpu.first_text(RESULTS)
+    gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
     ceiling = cpu["machine_info"]["ceiling"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PEER = "hypnettorch"
+PARTS = ("rows", "hyper_linear", "alternatives", "profiles")  # of a result
 NOTHING = "\nNothing was measured on a GPU yet (`bench/run_gpu.sh` does it).\n"
 # of the project, on one H200: past tasks of a step of p100 -> times faster than the peer; precision -> ms of one at 100
 RATIOS, MILLISECONDS = {100: 50, 2: 10}, {"fp32": 1.6, "tf32": 0.6}
@@ -24,24 +25,9 @@ def load(folder: Path) -> tuple[Record | None, Record | None]:
     return found[0], found[1]
 
 
-def first_text(folder: Path) -> str:
-    """What single runs found (gpu_first.json) before all of bench/run_gpu.sh has run; without, that nothing is known."""
-    path = folder / "gpu_first.json"
-    if not path.exists():
-        return NOTHING
-    first = json.loads(path.read_text())
-    steps = ", ".join(f"{what}: {ms:.2f} ms" for what, ms in first["captured step, ms"].items())
-    drift = first["regularizer, p100 at 100, ms"]
-    return (
-        f"\nOne {first['machine']['gpu']}, single runs; no peer was timed in them, and `bench/run_gpu.sh`, which does all\n"
-        f"of it, has not run to its end yet. A captured step: {steps}.\nRegularizer of `p100` at 100, float32: "
-        f"{min(ms for name, ms in drift.items() if name.startswith('float32')):.2f} ms.\n"
-    )
-
-
-def readme_text(gpu: Record | None, longseq: Record | None, nothing: str = NOTHING) -> str:
+def readme_text(gpu: Record | None, longseq: Record | None) -> str:
     if gpu is None:
-        return nothing
+        return NOTHING
     cases = list(dict.fromkeys((row["workload"], row["past"]) for row in gpu["rows"]))
     heads = [f"step, {SHOWN[p]}, ms" for p in SHOWN] + [f"step, {peer}" for peer in (PEER, "eager")]
     heads += [f"regularizer, {SHOWN[p]}, ms" for p in SHOWN] + [f"regularizer, {peer}" for peer in (PEER, "eager")]
@@ -60,9 +46,9 @@ def readme_text(gpu: Record | None, longseq: Record | None, nothing: str = NOTHI
     return "\n".join(lines)
 
 
-def design_text(gpu: Record | None, longseq: Record | None, nothing: str = NOTHING) -> str:
+def design_text(gpu: Record | None, longseq: Record | None) -> str:
     if gpu is None:
-        return nothing
+        return NOTHING
     lines = ["", f"| on one {gpu['environment']['gpu']} | asked | measured |", "|---|---|---|"]
     lines += [f"| {what} | {asked} | {found} |" for what, asked, found in goals(gpu, longseq)]
     for profile in gpu["profiles"]:
@@ -130,11 +116,11 @@ def memory(row: Record | None) -> str:
 
 def machine_lines(gpu: Record) -> list[str]:
     machine, rates = gpu["environment"], gpu["rates"]
-    size = rates["gemm_size"]
+    size, commits = rates["gemm_size"], sorted({row["commit"] for part in PARTS for row in gpu[part]})
     lines = [
         f"{machine['gpu']}: medians (quartiles) of ours, as one CUDA graph where that is faster, and the others' times over",
         f"ours in float32; torch {machine['torch']}, CUDA {machine['cuda']}, Triton {machine['triton']}, {PEER} "
-        f"{machine['hypnettorch']}, commit {machine['commit']}, {machine['date']}.",
+        f"{machine['hypnettorch']}, commit {' and '.join(commits)}, {machine['date']}.",
         f"Its best product of {size}^3 in that run: fp32 {1e-12 * rates['fp32']:.0f}, TF32 {1e-12 * rates['tf32']:.0f}, "
         f"bf16 {1e-12 * rates['bf16']:.0f} TFLOP/s; its best copy {1e-12 * rates['copy']:.2f} TB/s.",
     ]

@@ -56,21 +56,21 @@ inline void make_contiguous(std::vector<Tensor>& tensors) {
 
 // Pointers are taken from these without a look at what they point to
 inline void check_like(const std::vector<Tensor>& params, const std::vector<Tensor>& others, const char* name) {
-  STD_TORCH_CHECK(others.size() == params.size(), "adam: ", params.size(), " params, but ", others.size(), " ", name);
+  FASTHYPER_CHECK(others.size() == params.size(), "adam: ", params.size(), " params, but ", others.size(), " ", name);
   for (size_t i = 0; i < params.size(); ++i)
-    STD_TORCH_CHECK(others[i].numel() == params[i].numel() && others[i].scalar_type() == params[0].scalar_type() &&
+    FASTHYPER_CHECK(others[i].numel() == params[i].numel() && others[i].scalar_type() == params[0].scalar_type() &&
                         others[i].get_device_index() == params[0].get_device_index(),
                     "adam: ", name, "[", i, "] differs from params[", i, "] in size, type or device");
 }
 
 inline void check_in_place(const std::vector<Tensor>& tensors) {
-  for (const Tensor& t : tensors) STD_TORCH_CHECK(t.is_contiguous(), "adam: what is updated in place must be contiguous");
+  for (const Tensor& t : tensors) FASTHYPER_CHECK(t.is_contiguous(), "adam: what is updated in place must be contiguous");
 }
 
 inline void check_steps(const std::vector<Tensor>& params, const std::vector<Tensor>& steps) {
-  STD_TORCH_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
+  FASTHYPER_CHECK(steps.size() == params.size(), "adam: ", params.size(), " params, but ", steps.size(), " steps");
   for (size_t i = 0; i < steps.size(); ++i)
-    STD_TORCH_CHECK(steps[i].is_cpu() || steps[i].get_device_index() == params[0].get_device_index(), "adam: steps[", i,
+    FASTHYPER_CHECK(steps[i].is_cpu() || steps[i].get_device_index() == params[0].get_device_index(), "adam: steps[", i,
                     "] is neither on the CPU nor with the parameters");
 }
 

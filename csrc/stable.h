@@ -10,6 +10,8 @@
 #include <array>
 #include <cstdint>
 
+#include "check.h"
+
 namespace fasthyper {
 
 using torch::headeronly::ScalarType;
@@ -64,7 +66,7 @@ void dispatch_floating(const Tensor& t, const char* op, const F& f) {
   if (t.scalar_type() == ScalarType::Float) {
     f(float{});
   } else {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, op, ": computes in float32 and float64 only");
+    FASTHYPER_CHECK(t.scalar_type() == ScalarType::Double, op, ": computes in float32 and float64 only");
     f(double{});
   }
 }

@@ -72,7 +72,8 @@ class Trainer:
             are run as they are, and so are all where they cannot be captured: with hooks in the hypernetwork or the target;
             with ``reg_tasks`` and output heads of the tasks' own; with a schedule, since a graph keeps its learning rate;
             where the target puts another tensor in the place of a buffer; and, which is warned of, where it waits for the
-            device or does something else that no graph can hold, as an LSTM of cuDNN does. Other Python code in its ``forward`` is not run again.
+            device or does something else that no graph can hold, as an LSTM of cuDNN does. Other Python code in its
+            ``forward`` is not run again.
         out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.

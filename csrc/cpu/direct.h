@@ -25,21 +25,21 @@ std::vector<Cells<scalar_t>> read_cells(const char* name, const std::vector<Tens
                                         int64_t num_weights) {
   std::vector<Cells<scalar_t>> cells;
   const auto check_size = [&](int64_t size) {
-    STD_TORCH_CHECK(num_weights <= size, "target_drift: the plan reaches ", num_weights, " weights of a task, ", name,
+    FASTHYPER_CHECK(num_weights <= size, "target_drift: the plan reaches ", num_weights, " weights of a task, ", name,
                     " has ", size);
   };
   if (list.size() == 1 && list[0].dim() == 2) {
-    STD_TORCH_CHECK(list[0].size(0) == num_tasks, "target_drift: ", name, " must have ", num_tasks, " rows, got ",
+    FASTHYPER_CHECK(list[0].size(0) == num_tasks, "target_drift: ", name, " must have ", num_tasks, " rows, got ",
                     list[0].size(0));
     check_size(list[0].size(1));
     for (int64_t t = 0; t < num_tasks; ++t)
       cells.push_back({const_data<scalar_t>(list[0]) + t * list[0].stride(0), list[0].stride(1)});
     return cells;
   }
-  STD_TORCH_CHECK(list.empty() || int64_t(list.size()) == num_tasks, "target_drift: ", name, " must have ", num_tasks,
+  FASTHYPER_CHECK(list.empty() || int64_t(list.size()) == num_tasks, "target_drift: ", name, " must have ", num_tasks,
                   " tensors, got ", list.size());
   for (const Tensor& row : list) {
-    STD_TORCH_CHECK(row.dim() == 1, "target_drift: ", name, " must be tensors [P]");
+    FASTHYPER_CHECK(row.dim() == 1, "target_drift: ", name, " must be tensors [P]");
     check_size(row.size(0));
     cells.push_back({const_data<scalar_t>(row), row.stride(0)});
   }

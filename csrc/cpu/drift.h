@@ -27,7 +27,7 @@ struct Rectangle {
 };
 
 inline void check_interval(const char* what, int64_t lo, int64_t hi, int64_t size) {
-  STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= size, "output_drift: a rectangle of the plan has ", what, " [", lo, ", ", hi,
+  FASTHYPER_CHECK(0 <= lo && lo <= hi && hi <= size, "output_drift: a rectangle of the plan has ", what, " [", lo, ", ", hi,
                   "), which leaves the grid [0, ", size, ")");
 }
 

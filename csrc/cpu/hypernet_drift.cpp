@@ -354,7 +354,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
   for (std::vector<Tensor>* list : {&theta, &theta0, &pre0})
     for (Tensor& t : *list) t = torch::stable::contiguous(t);
   for (Tensor* t : {&embeddings, &embeddings0, &gram0, &weight, &plan}) *t = torch::stable::contiguous(*t);
-  STD_TORCH_CHECK(0 <= activation && activation <= 4, "hypernet_drift: unknown activation code ", activation);
+  FASTHYPER_CHECK(0 <= activation && activation <= 4, "hypernet_drift: unknown activation code ", activation);
   Tensor value = torch::stable::new_zeros(embeddings, {});
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes());
   std::vector<Tensor> grad_theta;

@@ -37,7 +37,7 @@ char* take_memory(size_t* bytes) {
     }
   }
   char* data = static_cast<char*>(std::aligned_alloc(64, *bytes));
-  STD_TORCH_CHECK(data != nullptr, "out of memory: could not get ", *bytes, " bytes");
+  FASTHYPER_CHECK(data != nullptr, "out of memory: could not get ", *bytes, " bytes");
   return data;
 }
 

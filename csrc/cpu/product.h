@@ -69,7 +69,7 @@ Tensor as_tensor(Matrix<T> m) {
 // Parts that float32 factors are split in on the tile units, of those that are asked for; 0: aten multiplies
 template <typename scalar_t>
 int64_t tile_parts(int64_t precision) {
-  STD_TORCH_CHECK(1 <= precision && precision <= 3, "precision must be 1, 2 or 3, got ", precision);
+  FASTHYPER_CHECK(1 <= precision && precision <= 3, "precision must be 1, 2 or 3, got ", precision);
   return std::is_same_v<scalar_t, float> && tiles::available() ? precision : 0;
 }
 

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> target_drift_fwd_cpu(Tensor h, Tensor basis, 
     if (r.task_lo < r.task_hi && r.chunk_lo < r.chunk_hi && r.num_cols() > 0)
       num_weights = std::max(num_weights, (r.chunk_hi - 1) * chunk_size + r.col_hi);
   if (num_tasks == 0) return {value, grad_h, grad_basis};
-  STD_TORCH_CHECK(snapshot.size() == (targets.empty() ? 2 : 0), "target_drift: needs a snapshot [h0, basis0] or targets");
+  FASTHYPER_CHECK(snapshot.size() == (targets.empty() ? 2 : 0), "target_drift: needs a snapshot [h0, basis0] or targets");
   dispatch_floating(h, "target_drift", [&](auto zero) {
     using scalar_t = decltype(zero);
     const bool has_snapshot = !snapshot.empty();

@@ -187,7 +187,7 @@ void run(const AdamSettings& settings, bool whole, double scale, const std::vect
       call.first_block[i] = num_blocks;
       num_blocks += (item.size + kShare - 1) / kShare;
     }
-    STD_TORCH_CHECK(num_blocks <= INT32_MAX, "adam: too many elements");
+    FASTHYPER_CHECK(num_blocks <= INT32_MAX, "adam: too many elements");
     launch<scalar_t, take>(call, num_blocks, stream);
   }
 }
@@ -240,7 +240,7 @@ void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   check_steps(params, steps);
   for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs}) check_in_place(*list);
   if (healthy)
-    STD_TORCH_CHECK(
+    FASTHYPER_CHECK(
         healthy->scalar_type() == ScalarType::Bool && healthy->get_device_index() == params[0].get_device_index(),
         "adam: healthy must be bool and on the parameters' device");
   const OnDevice device(params[0]);

@@ -15,8 +15,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Makes the device of a tensor current while it lives, and knows the stream for kernels there. Arguments are checked before:
-// with torch 2.11 an error that passes a guard was seen to end the process.
+// Makes the device of a tensor current while it lives, and knows the stream for kernels there
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()), stream_(current_stream(t)) {}
@@ -28,7 +27,7 @@ class OnDevice {
 };
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+  FASTHYPER_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
 // To be called after each launch; an error of an earlier kernel may show here too

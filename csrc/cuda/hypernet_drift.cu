@@ -73,7 +73,7 @@ Grid make_grid(const Tensor& plan, int64_t num_chunks, int64_t chunk_size) {
 }
 
 void check_interval(const char* what, int64_t lo, int64_t hi, int64_t size) {
-  STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= size, "output_drift: a rectangle of the plan has ", what, " [", lo, ", ", hi,
+  FASTHYPER_CHECK(0 <= lo && lo <= hi && hi <= size, "output_drift: a rectangle of the plan has ", what, " [", lo, ", ", hi,
                   "), which leaves the grid [0, ", size, ")");
 }
 
@@ -323,7 +323,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::ve
   for (std::vector<Tensor>* list : {&theta, &theta0, &pre0})
     for (Tensor& t : *list) t = torch::stable::contiguous(t);
   for (Tensor* t : {&embeddings, &embeddings0, &weight, &plan}) *t = torch::stable::contiguous(*t);
-  STD_TORCH_CHECK(0 <= activation && activation <= 4, "hypernet_drift: unknown activation code ", activation);
+  FASTHYPER_CHECK(0 <= activation && activation <= 4, "hypernet_drift: unknown activation code ", activation);
   const int64_t num_tasks = embeddings.size(0);
   check_plan(plan, num_tasks, theta[0].size(0), theta.back().size(0));
   const Device device(embeddings.get_device_index());
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> small_hypernet_drift_fwd(std::ve
                 : call(p, device, theta, theta0, embeddings, embeddings0, pre0, weight, grad_embeddings, grad_theta);
     return true;
   });
-  STD_TORCH_CHECK(fits, "small_hypernet_drift: shapes, types or plan do not fit; _small_hypernet_drift_fits tells");
+  FASTHYPER_CHECK(fits, "small_hypernet_drift: shapes, types or plan do not fit; _small_hypernet_drift_fits tells");
   return {value, grad_embeddings, grad_theta};
 }
 

@@ -1,13 +1,14 @@
 // What kernels are written in, and how they are launched. tests/cuda_emulator.h has the same names for a CPU.
 #pragma once
 
+#include "../check.h"
+
 #ifdef FASTHYPER_EMULATED
 #include "cuda_emulator.h"
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -45,8 +46,7 @@ class Device {
  public:
   explicit Device(int32_t index) : index_(index) {}
 
-  // While what it returns lives, the device is current. Nothing that a caller can mend may be thrown then: with torch 2.11
-  // an error that passes a guard was seen to end the process.
+  // While what it returns lives, the device is current
   torch::stable::accelerator::DeviceGuard make_current() const { return torch::stable::accelerator::DeviceGuard(index_); }
 
   int num_processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
@@ -70,7 +70,7 @@ class Device {
     check(cudaDeviceGetAttribute(&value, which, index_));
     return value;
   }
-  static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
+  static void check(cudaError_t error) { FASTHYPER_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 
   int32_t index_;
 };
