@@ -87,13 +87,22 @@ def take_step(
         ops.adam_step_(params, grads, more_in_group, scale, *state, **_adam_settings(group), healthy=healthy)
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Lets a CUDA graph capture the steps of an optimizer that has taken none yet, also those that torch itself takes."""
-    if not _takes_ops(optimizer):
+def make_capturable(optimizer: torch.optim.Optimizer, *, schedule: bool = False) -> bool:
+    """Lets a CUDA graph capture the steps of an optimizer that has taken none yet, also those that torch itself takes.
+
+    With a ``schedule`` learning rates become tensors, to be filled. Only Adam's ops read them there: whether it is so.
+    """
+    takes_ops = _takes_ops(optimizer)
+    if schedule and takes_ops:
+        for group in optimizer.param_groups:
+            lr, like = group["lr"], group["params"][0]
+            group |= {"initial_lr": lr, "lr": torch.tensor(lr, dtype=torch.float64, device=like.device)}
+    if not takes_ops:
         for group in optimizer.param_groups:
             if "capturable" in group and all(p.is_cuda for p in group["params"]):
                 group["capturable"] = True
         optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not
+    return takes_ops or not schedule
 
 
 def _takes_ops(optimizer: torch.optim.Optimizer) -> bool:

@@ -36,11 +36,11 @@ LIBRARY.define(f"_adam_delta_fwd({_ADAM}) -> Tensor")
 LIBRARY.define(f"_adam_delta_bwd(Tensor grad_delta, {_ADAM}) -> (Tensor, Tensor)")
 LIBRARY.define(
     "_adam_ahead(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps,"
-    f" {_SETTINGS}) -> Tensor[]"
+    f" {_SETTINGS}, Tensor? rate=None) -> Tensor[]"
 )
 LIBRARY.define(
     "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
-    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}, Tensor? healthy=None) -> ()"
+    f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}, Tensor? healthy=None, Tensor? rate=None) -> ()"
 )
 LIBRARY.define("_has_tile_units(Tensor like) -> bool")
 
@@ -547,7 +547,7 @@ def adam_ahead(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -559,13 +559,15 @@ def adam_ahead(
         params, grads: of any shapes, one dtype, on one device.
         exp_avgs, exp_avg_sqs: moments before the step, shaped like the parameters.
         steps: scalar tensors, number of steps taken before; with the parameters, or on the CPU and outside CUDA graphs.
-        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+        lr: as in ``adam_delta``, or a float64 ``[]`` on the parameters' device, which is read there, without a sync.
+        betas, eps, weight_decay, decoupled: as in ``adam_delta``.
 
     Raises:
         ValueError: lengths, shapes or devices disagree.  TypeError: dtypes differ or are not float32 or float64.
     """
     _check_lists("adam_ahead", params, steps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    return _adam_ahead(params, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, decoupled)
+    lr, rate = _split_rate("adam_ahead", lr, params)
+    return _adam_ahead(params, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, decoupled, rate)
 
 
 @torch.no_grad()
@@ -578,7 +580,7 @@ def adam_step_(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -591,7 +593,8 @@ def adam_step_(
         params, exp_avgs, exp_avg_sqs: contiguous, of any shapes, one dtype, on one device; updated.
         grads, more_grads: shaped like the parameters; ``more_grads`` may be empty.
         steps: as in ``adam_ahead``, of float32 or float64; one more afterwards.
-        lr, betas, eps, weight_decay, decoupled: as in ``adam_delta``.
+        lr: as in ``adam_ahead``.
+        betas, eps, weight_decay, decoupled: as in ``adam_delta``.
         healthy: bool ``[]`` on their device; where it is false nothing changes. It is read there, without a sync, and so
             needs ``steps`` there too.
 
@@ -615,9 +618,20 @@ def adam_step_(
         for name, tensor in [("params[0]", p) for p in params[:1]] + [(f"steps[{i}]", step) for i, step in enumerate(steps)]:
             if tensor.device != healthy.device:
                 raise ValueError(f"adam_step_: {name} is on {tensor.device}, healthy on {healthy.device}; move one")
+    lr, rate = _split_rate("adam_step_", lr, params)
     settings = (lr, *betas, eps, weight_decay, decoupled)
-    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings, healthy)
+    _adam_step_(params, grads, more_grads, scale, exp_avgs, exp_avg_sqs, steps, *settings, healthy, rate)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def _split_rate(op: str, lr: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+    """A number, and what multiplies it on the device."""
+    if not isinstance(lr, Tensor):
+        return lr, None
+    _check_shape(op, "lr", lr, ())
+    if lr.dtype != torch.float64 or (params and lr.device != params[0].device):
+        raise ValueError(f"{op}: lr, if a tensor, must be float64 and with the parameters, got {lr.dtype} on {lr.device}")
+    return 1.0, lr
 
 
 def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:

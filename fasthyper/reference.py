@@ -331,8 +331,10 @@ def adam_ahead(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    rate: Tensor | None = None,
 ) -> list[Tensor]:
-    """E4 for many parameters, each with its step added."""
+    """E4 for many parameters, each with its step added. ``rate``, one number, multiplies ``lr``."""
+    lr = lr if rate is None else lr * rate.to(params[0].dtype)  # type: ignore[assignment]
     states = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     return [state[0] + adam_delta_fwd(*state, lr, beta1, beta2, eps, weight_decay, decoupled) for state in states]
 
@@ -352,11 +354,13 @@ def adam_step_(
     weight_decay: float,
     decoupled: bool,
     healthy: Tensor | None = None,
+    rate: Tensor | None = None,
 ) -> None:
     """The step of E4 on ``grads + scale * more_grads``, taken: parameters, moments and counts change in place.
 
-    Nothing changes where ``healthy``, one bool, is false.
+    Nothing changes where ``healthy``, one bool, is false. ``rate`` is as in ``adam_ahead``.
     """
+    lr = lr if rate is None else lr * rate.to(params[0].dtype)  # type: ignore[assignment]
     if more_grads:
         grads = [g + scale * more for g, more in zip(grads, more_grads, strict=True)]
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):

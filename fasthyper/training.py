@@ -51,7 +51,11 @@ class TaskInTraining:
         factor = SCHEDULES[schedule](self.steps / max(1, self.planned))
         for optimizer in self._optimizers().values():
             for group in optimizer.param_groups:
-                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+                rate = factor * group.setdefault("initial_lr", group["lr"])
+                if isinstance(group["lr"], Tensor):  # where a graph reads it
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"held": self.held_optimizer, "free": self.free_optimizer}

@@ -24,6 +24,7 @@ def _adam_kernel(
     exp_avg_sq,
     step,  # pointer, or the number itself
     healthy,  # None: it is
+    rate,  # of lr; None: 1
     out,  # None: the step is taken
     size,
     scale: tl.float64,
@@ -46,6 +47,8 @@ def _adam_kernel(
     if healthy is not None:
         here = here & (tl.load(healthy) != 0)
 
+    if rate is not None:
+        lr *= tl.load(rate)
     before = tl.load(step) if step.dtype.is_ptr() else step
     after = before.to(tl.float64) + 1
     step_size = (lr / (1 - tl.exp(after * log_beta1))).to(dtype)
@@ -75,13 +78,13 @@ def _adam_kernel(
         tl.store(exp_avg_sq + i, v, here)
 
 
-def _launch(param, grad, more, exp_avg, exp_avg_sq, step, healthy, out, scale, settings, whole=True):
+def _launch(param, grad, more, exp_avg, exp_avg_sq, step, healthy, rate, out, scale, settings, whole=True):
     lr, beta1, beta2, eps, weight_decay, decoupled = settings
     if param.numel() == 0:
         return
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     _adam_kernel[(triton.cdiv(param.numel(), BLOCK),)](
-        *(param, grad, more, exp_avg, exp_avg_sq, _counted(step, param), healthy, out, param.numel()),
+        *(param, grad, more, exp_avg, exp_avg_sq, _counted(step, param), healthy, rate, out, param.numel()),
         *(scale, lr, beta1, beta2, *logs, eps, weight_decay),
         L2=weight_decay != 0 and not decoupled,
         DECOUPLED=weight_decay != 0 and decoupled,
@@ -114,7 +117,7 @@ def adam_delta_fwd(
 ) -> Tensor:
     param, grad, exp_avg, exp_avg_sq = (t.contiguous() for t in (param, grad, exp_avg, exp_avg_sq))
     settings, out = (lr, beta1, beta2, eps, weight_decay, decoupled), torch.empty_like(param)
-    _launch(param, grad, None, exp_avg, exp_avg_sq, step, None, out, 0.0, settings, whole=False)
+    _launch(param, grad, None, exp_avg, exp_avg_sq, step, None, None, out, 0.0, settings, whole=False)
     return out
 
 
@@ -130,12 +133,13 @@ def adam_ahead(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    rate: Tensor | None = None,
 ) -> list[Tensor]:
     settings, outs = (lr, beta1, beta2, eps, weight_decay, decoupled), []
     for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         param, grad, exp_avg, exp_avg_sq = (t.contiguous() for t in tensors)
         outs.append(torch.empty_like(param))
-        _launch(param, grad, None, exp_avg, exp_avg_sq, step, None, outs[-1], 0.0, settings)
+        _launch(param, grad, None, exp_avg, exp_avg_sq, step, None, rate, outs[-1], 0.0, settings)
     return outs
 
 
@@ -154,11 +158,12 @@ def adam_step_(
     weight_decay: float,
     decoupled: bool,
     healthy: Tensor | None = None,
+    rate: Tensor | None = None,
 ) -> None:
     settings = lr, beta1, beta2, eps, weight_decay, decoupled
     more: list[Tensor | None] = [t.contiguous() for t in more_grads] or [None] * len(params)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         state = exp_avgs[i], exp_avg_sqs[i], steps[i]
-        _launch(param, grad.contiguous(), more[i], *state, healthy, None, scale, settings)
+        _launch(param, grad.contiguous(), more[i], *state, healthy, rate, None, scale, settings)
     if steps:
         torch._foreach_add_(steps, 1 if healthy is None else [healthy.to(steps[0].dtype)] * len(steps))

@@ -143,6 +143,18 @@ def test_adam_ops_are_the_delta_applied(implementation, settings, with_more, dty
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_adam_ops_multiply_the_learning_rate_by_a_tensor(implementation, settings, dtype):
+    rate, times = torch.tensor(0.37, dtype=torch.float64), (settings[0] * 0.37, *settings[1:])
+    tolerance = 4 * torch.finfo(dtype).eps
+    (*found, steps), (*wanted, wanted_steps) = arguments(dtype), arguments(dtype)
+    ahead = implementation.adam_ahead(found[0], found[1], *found[3:], steps, *settings, rate)
+    assert_close(ahead, implementation.adam_ahead(wanted[0], wanted[1], *wanted[3:], wanted_steps, *times), tolerance)
+    implementation.adam_step_(*found[:3], SCALE, *found[3:], steps, *settings, None, rate)
+    implementation.adam_step_(*wanted[:3], SCALE, *wanted[3:], wanted_steps, *times)
+    assert_close(found[0], wanted[0], tolerance)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("healthy", [True, False])
 def test_adam_step_changes_nothing_where_it_is_not_healthy(implementation, settings, healthy, dtype):
     params, grads, more, *state = arguments(dtype)
@@ -252,6 +264,10 @@ def test_adam_ops_name_what_is_wrong():
         ops.adam_ahead(params, [*grads[:3], grads[3].float(), grads[4]], *state, lr=0.1)
     with pytest.raises(TypeError, match="adam_ahead: computes in float32 or float64, got torch.bfloat16"):
         ops.adam_ahead([params[0].bfloat16()], [grads[0].bfloat16()], *([t[0].bfloat16()] for t in state), lr=0.1)
+    with pytest.raises(
+        ValueError, match="adam_ahead: lr, if a tensor, must be float64 and with the parameters, got torch.float32"
+    ):
+        ops.adam_ahead(params, grads, *state, lr=torch.tensor(0.1))
     with pytest.raises(ValueError, match=r"steps\[0\] must have shape \[\], got \[1\]"):
         ops.adam_ahead(params, grads, *state[:2], [state[2][0][None], *state[2][1:]], lr=0.1)
     with pytest.raises(ValueError, match=r"adam_ahead: steps\[1\] is on meta, params\[0\] on cpu; move one"):

@@ -74,6 +74,8 @@ def same(a, b):
         {"optimizer": "sgd", "lr": 1e-3, "optimizer_options": {"momentum": 0.9, "dampening": 0.1}},
         {"optimizer": "rmsprop", "optimizer_options": {"momentum": 0.5, "centered": True}},
         {"lookahead": False},
+        {"schedule": "cosine"},
+        {"schedule": "warmup-cosine", "optimizer": "adamw", "lr_embedding": 0.1},
         {"beta": 0},
         {"heads": True},
         {"hidden": (), "plastic": True},
@@ -314,15 +316,15 @@ def test_a_replayed_step_waits_for_nothing(device, monkeypatch):
     assert trainer.end_task().steps == 40
 
 
-def test_a_schedule_switches_graphs_off_and_forgetting_does_not(device):
+def test_a_schedule_of_what_torch_steps_switches_graphs_off_and_forgetting_does_not(device):
     def fit_and_forget(trainer, task, **options):
         fh.Trainer.fit(trainer, task, **options)
         if task.index == 1:
             trainer.forget(0, steps=3)
 
-    for options in ({"schedule": "cosine"}, {"fit": fit_and_forget, "plastic": True}):
+    for options in ({"schedule": "cosine", "optimizer": "sgd"}, {"fit": fit_and_forget, "plastic": True}):
         same(trained(device, None, **options), trained(device, False, **options))
-    for schedule, has_graph in (("cosine", False), ("constant", True)):
-        trainer = fh.Trainer(toy_hnet(), device=device, schedule=schedule, progress=False)
+    for optimizer, has_graph in (("sgd", False), ("adamw", True)):
+        trainer = fh.Trainer(toy_hnet(), device=device, schedule="cosine", optimizer=optimizer, progress=False)
         trainer.begin_task(steps=1)
         assert (trainer._current.graph is not None) == has_graph

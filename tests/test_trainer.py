@@ -69,6 +69,8 @@ def slow_loop(
         theta, old = list(hnet.theta), [hnet.embedding(t) for t in held]
         if embedding_init == "previous" and held:
             hnet.embedding(task.index).data = hnet.embedding(held[-1]).detach().clone()
+        if embedding_init == "mean" and held:
+            hnet.embedding(task.index).data = sum(hnet.embedding(t).detach() for t in held) / len(held)
         snapshot = [weights_of(theta, e).detach() for e in old]
         moving = theta + (old if plastic else [])
         now = optimizer_class(moving, lr=lr, **options)
@@ -146,6 +148,7 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"schedule": "cosine", "optimizer": "sgd", "plastic": True},
         {"schedule": "cosine", "optimizer": "rmsprop"},
         {"embedding_init": "previous"},
+        {"embedding_init": "mean", "plastic": True},
         {"embedding_init": "previous", "plastic": True, "reg_tasks": 1},
         {"beta": 0},
         {"heads": True},
@@ -272,10 +275,8 @@ def test_names_what_is_wrong():
         fh.Trainer(toy_hnet(), optimizer="lion")
     with pytest.raises(ValueError, match="unknown schedule 'step'; choose from constant, cosine"):
         fh.Trainer(toy_hnet(), schedule="step")
-    with pytest.raises(ValueError, match="embedding_init must be 'normal' or 'previous', got 'zero'"):
+    with pytest.raises(ValueError, match="embedding_init must be 'normal', 'previous' or 'mean', got 'zero'"):
         fh.Trainer(toy_hnet(), embedding_init="zero")
-    with pytest.raises(ValueError, match="a CUDA graph keeps its learning rate: schedule='cosine' needs graph=False"):
-        fh.Trainer(toy_hnet(), schedule="cosine", graph=True)
     for bad in ({"lr": 0}, {"beta": -1}, {"reg_tasks": 0}, {"lr_embedding": -1.0}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be positive"):
             fh.Trainer(toy_hnet(), **bad)

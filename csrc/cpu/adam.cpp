@@ -87,7 +87,9 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
 
 std::vector<Tensor> adam_ahead_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
-                                   double beta2, double eps, double weight_decay, bool decoupled) {
+                                   double beta2, double eps, double weight_decay, bool decoupled,
+                                   std::optional<Tensor> rate) {
+  if (rate) lr *= host_number(*rate);
   return ahead<true>(params, grads, exp_avgs, exp_avg_sqs, steps, {lr, beta1, beta2, eps, weight_decay, decoupled});
 }
 
@@ -99,7 +101,7 @@ Tensor adam_delta_fwd_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_
 void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> more_grads, double scale,
                    std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr,
                    double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                   std::optional<Tensor> healthy) {
+                   std::optional<Tensor> healthy, std::optional<Tensor> rate) {
   NoGrad no_grad;
   if (params.empty() || (healthy && !*const_data<bool>(*healthy))) return;
   const bool more = !more_grads.empty();
@@ -112,6 +114,7 @@ void adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   for (const std::vector<Tensor>* list : {&params, &exp_avgs, &exp_avg_sqs}) check_in_place(*list);
   make_contiguous(grads);
   make_contiguous(more_grads);
+  if (rate) lr *= host_number(*rate);
   const AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled};
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);

@@ -37,6 +37,7 @@ struct Call {
   scalar_t scale;
   bool whole, decays;
   const bool* healthy;  // null: it is
+  const double* rate;   // what multiplies lr; null: nothing
   int num_items;
   int first_block[kMost];
   Item<scalar_t> items[kMost];
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(kThreads, kResident<scalar_t>) adam_kernel(con
   __shared__ AdamRule<scalar_t> rule;
   if (threadIdx.x == 0) {
     const double after = steps_before(item) + 1;
-    rule = AdamRule<scalar_t>(call.settings, -expm1(after * call.log_beta1), -expm1(after * call.log_beta2));
+    AdamSettings settings = call.settings;
+    if (call.rate != nullptr) settings.lr *= *call.rate;
+    rule = AdamRule<scalar_t>(settings, -expm1(after * call.log_beta1), -expm1(after * call.log_beta2));
   }
   __syncthreads();
   const int64_t begin = (block - call.first_block[found]) * kShare, end = min(begin + kShare, item.size);
@@ -153,7 +156,7 @@ template <typename scalar_t, bool take>
 void run(const AdamSettings& settings, bool whole, double scale, const std::vector<Tensor>& params,
          const std::vector<Tensor>& grads, const std::vector<Tensor>& more_grads, const std::vector<Tensor>& exp_avgs,
          const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& steps, const std::vector<Tensor>& outs,
-         const bool* healthy, cudaStream_t stream) {
+         const bool* healthy, const std::optional<Tensor>& rate, cudaStream_t stream) {
   Call<scalar_t> call{};
   call.settings = settings;
   call.log_beta1 = std::log(settings.beta1);
@@ -162,6 +165,11 @@ void run(const AdamSettings& settings, bool whole, double scale, const std::vect
   call.whole = whole;
   call.decays = settings.weight_decay != 0;
   call.healthy = healthy;
+  if (rate) {
+    FASTHYPER_CHECK(rate->scalar_type() == ScalarType::Double && rate->get_device_index() == params[0].get_device_index(),
+                    "adam: rate must be float64 and on the parameters' device");
+    call.rate = const_data<double>(*rate);
+  }
   for (size_t start = 0; start < params.size(); start += kMost) {
     call.num_items = std::min<size_t>(kMost, params.size() - start);
     int64_t num_blocks = 0;
@@ -193,7 +201,8 @@ void run(const AdamSettings& settings, bool whole, double scale, const std::vect
 }
 
 std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                          std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, const AdamSettings& settings) {
+                          std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, const AdamSettings& settings,
+                          const std::optional<Tensor>& rate = {}) {
   NoGrad no_grad;
   std::vector<Tensor> outs;
   if (params.empty()) return outs;
@@ -210,15 +219,16 @@ std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Te
   for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
     run<decltype(zero), false>(settings, whole, 0, params, grads, {}, exp_avgs, exp_avg_sqs, steps, outs, nullptr,
-                               device.stream());
+                               rate, device.stream());
   });
   return outs;
 }
 
 std::vector<Tensor> adam_ahead_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                                     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
-                                    double beta2, double eps, double weight_decay, bool decoupled) {
-  return ahead(true, params, grads, exp_avgs, exp_avg_sqs, steps, {lr, beta1, beta2, eps, weight_decay, decoupled});
+                                    double beta2, double eps, double weight_decay, bool decoupled,
+                                    std::optional<Tensor> rate) {
+  return ahead(true, params, grads, exp_avgs, exp_avg_sqs, steps, {lr, beta1, beta2, eps, weight_decay, decoupled}, rate);
 }
 
 Tensor adam_delta_fwd_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, double lr,
@@ -229,7 +239,7 @@ Tensor adam_delta_fwd_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp
 void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> more_grads, double scale,
                     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr,
                     double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                    std::optional<Tensor> healthy) {
+                    std::optional<Tensor> healthy, std::optional<Tensor> rate) {
   NoGrad no_grad;
   if (params.empty()) return;
   check_like(params, params, "params");
@@ -249,7 +259,7 @@ void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   dispatch_floating(params[0], "adam", [&](auto zero) {
     run<decltype(zero), true>({lr, beta1, beta2, eps, weight_decay, decoupled}, true, scale, params, grads, more_grads,
                               exp_avgs, exp_avg_sqs, steps, {}, healthy ? const_data<bool>(*healthy) : nullptr,
-                              device.stream());
+                              rate, device.stream());
   });
   for (const Tensor& step : steps)
     if (step.is_cpu()) dispatch_floating(step, "adam", [&](auto zero) { *data<decltype(zero)>(step) += 1; });
