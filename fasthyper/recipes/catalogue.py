@@ -172,11 +172,10 @@ _ALL = (
         chunk_dim=16,
         activation="relu",
         steps=150,
-        lr=8e-3,
+        lr=4e-3,
         lr_embedding=2e-2,
         schedule="warmup-cosine",
         beta=2.0,
-        embedding_init="mean",
         evaluate_every=50,
     ),
     Recipe(
