@@ -50,7 +50,7 @@ class Clock(Logger):
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", type=int, default=10_000, help=f"a multiple of {SAVE_EVERY}")
-    parser.add_argument("--steps", type=int, default=10, help="per task")
+    parser.add_argument("--steps", type=int, default=4, help="per task")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)

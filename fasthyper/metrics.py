@@ -188,7 +188,7 @@ class TaskRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return {**vars(self), "loss": self.loss.copy(), "drift": self.drift.copy()}
+        return {**vars(self), "loss": list(self.loss), "drift": list(self.drift)}  # asdict copies every number
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TaskRecord:
@@ -319,12 +319,9 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return {
-            **vars(self),
-            "tasks": [task.to_json() for task in self.tasks],
-            "accuracy": {i: row.copy() for i, row in self.accuracy.items()},
-            "forgotten": self.forgotten.copy(),
-        }
+        accuracy = {trained: dict(row) for trained, row in self.accuracy.items()}
+        forgotten, tasks = dict(self.forgotten), [task.to_json() for task in self.tasks]
+        return {**vars(self), "tasks": tasks, "accuracy": accuracy, "forgotten": forgotten}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:
