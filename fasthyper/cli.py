@@ -153,9 +153,9 @@ def _parser() -> _Parser:
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:
     for name in FIELDS:
-        flags, convert = {f"--{name}", f"--{name.replace('_', '-')}"}, _reader(converter(name))
-        shown = {"type": convert, "metavar": convert.__name__.upper()}
-        verb.add_argument(*sorted(flags), dest=f"set_{name}", default=argparse.SUPPRESS, **shown)
+        flags, read = {f"--{name}", f"--{name.replace('_', '-')}"}, _reader(converter(name))
+        metavar = read.__name__.upper()
+        verb.add_argument(*sorted(flags), dest=f"set_{name}", type=read, default=argparse.SUPPRESS, metavar=metavar)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,26 +212,32 @@ def _sweep(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
+    if args.worker:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            sweep.work(args.trials, say, args.device, parent=os.getppid())
+        except KeyboardInterrupt:
+            return 130  # of which the process that started it speaks
+        return 0
     cores, on_gpu = len(os.sched_getaffinity(0)), torch.cuda.is_available() and args.device != "cpu"
-    workers = 1 if args.worker else min(args.workers or (1 if on_gpu else cores), args.trials)
-    if not args.worker:
-        say(f"{args.recipe.name}: {sweep.done} of {args.trials} trials are done in {args.out}, {workers} at once")
+    workers = min(args.workers or (1 if on_gpu else cores), args.trials)
+    say(f"{args.recipe.name}: {sweep.done} of {args.trials} trials are done in {args.out}, {workers} at once")
     if workers == 1:
         sweep.work(args.trials, say, args.device)
     elif status := _work_together([*args.argv, "--worker"], workers, max(1, cores // workers)):
         return status
-    if args.json and not args.worker:
-        print(json.dumps(sweep.to_json()))
-    elif not args.worker:
-        print(sweep.summary())
+    print(json.dumps(sweep.to_json()) if args.json else sweep.summary())
     return 0
 
 
 def _work_together(argv: list[str], workers: int, threads: int) -> int:
-    """As many processes of this command; their exit status. An interrupt reaches all of them, once."""
+    """As many processes of this command; their exit status. An interrupt reaches each once, when it is ready."""
     command, env = [sys.executable, "-m", "fasthyper", *argv], {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    running = [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(workers)]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        running += [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(workers)]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while any(process.poll() is None for process in running):
             if failed := next((process for process in running if process.poll()), None):
                 return failed.returncode

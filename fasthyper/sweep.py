@@ -138,16 +138,18 @@ class Sweep:
         """Trials that have ended."""
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
-    def work(self, trials: int, log: Callable[[str], None] = print, device: str | None = None) -> None:
-        """Runs trials until there are as many in all, those of other workers among them.
+    def work(
+        self, trials: int, log: Callable[[str], None] = print, device: str | None = None, *, parent: int | None = None
+    ) -> None:
+        """Runs trials until there are as many in all, those of other workers among them, or the process ``parent`` ends.
 
         Raises:
             ValueError, FasthyperError: of a setting that cannot be, or of the data; the trial has failed, others are kept.
             KeyboardInterrupt: the trial is gone on with when the sweep is.
         """
-        while (trial := self._next(trials)) is not None:
+        while parent in (None, os.getppid()) and (trial := self._next(trials)) is not None:
             try:
-                log(f"trial {trial.number}: {self._run(trial, device)}  {_listed(self._drawn(trial))}")
+                log(f"trial {trial.number}: {self._run(trial, device, parent)}  {_listed(self._drawn(trial))}")
             finally:
                 self._locks.free(trial.number + 1)
 
@@ -254,13 +256,13 @@ class Sweep:
             self._locks.free(0)
 
     def _drawn(self, trial: Trial | FrozenTrial) -> dict[str, Any]:
-        return {parameter.name: parameter.draw(trial) for parameter in self.parameters}  # type: ignore[arg-type]
+        return {parameter.name: parameter.draw(trial) for parameter in self.parameters}
 
-    def _run(self, trial: Trial, device: str | None) -> str:
+    def _run(self, trial: Trial, device: str | None, parent: int | None) -> str:
         """Trains a trial, or goes on with it, and tells the study how it ended; also in words."""
         optuna = _optuna()
         recipe = replace(self.recipe, **self._drawn(trial))
-        watch = _Watch(self._study, trial, self.measure.is_error, recipe.num_tasks)
+        watch = _Watch(self._study, trial, self.measure.is_error, recipe.num_tasks, parent)
         options: dict[str, Any] = {"log": watch.saved, "loggers": lambda: [watch], "device": device}
         state = optuna.trial.TrialState
         try:
@@ -291,14 +293,14 @@ class Sweep:
 class _Watch(Logger):
     """Reports the accuracy of each task just learned, gives up once it is saved, and stops where the parent has ended."""
 
-    def __init__(self, study: Study, trial: Trial, is_error: bool, num_tasks: int):
+    def __init__(self, study: Study, trial: Trial, is_error: bool, num_tasks: int, parent: int | None):
         super().__init__(every=1)
         (self._known,) = (t.intermediate_values for t in study.get_trials(deepcopy=False) if t.number == trial.number)
-        self._trial, self._sign, self._parent, self._due = trial, -1 if is_error else 1, os.getppid(), False
+        self._trial, self._sign, self._parent, self._due = trial, -1 if is_error else 1, parent, False
         self.trained, self._last = -1, num_tasks - 1
 
     def on_step(self, task: int, step: int, total: int, loss: float, drift: float) -> None:
-        if os.getppid() != self._parent:
+        if self._parent not in (None, os.getppid()):
             os.kill(os.getpid(), signal.SIGINT)  # as one would: the state is saved
 
     def on_evaluate(self, trained: int, accuracies: Mapping[int, float], total: int) -> None:

@@ -40,7 +40,7 @@ def converter(name: str) -> Callable[[str], Any]:
         except (KeyError, ValueError) as error:
             raise ValueError(f"{text!r} is not {checked.__name__}") from error
 
-    shown = {bool: "true|false", tuple: "int,int,..."}.get(inner, inner.__name__)
+    shown = "true|false" if inner is bool else "int,int,..." if inner is tuple else inner.__name__
     checked.__name__ = f"{shown}|none" if optional else shown
     return checked
 
