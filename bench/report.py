@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report_gpu
+import report_soak
 
 from fasthyper.bench.costs import Work
 from fasthyper.bench.figure import times_figure
@@ -60,6 +61,7 @@ def main() -> int:
             "planner": planner_table(entries),
             "ablation": ablation_table(RESULTS / "ablation.json"),
             "gpu-goals": report_gpu.design_text(*gpu),
+            "soak": report_soak.text(report_soak.load(RESULTS)),
         },
     }
     for path, contents in parts.items():
@@ -310,7 +312,8 @@ def ablation_table(path: Path) -> str:
 
 
 def draw(rows: list[dict[str, Any]], cpu: dict[str, Any]) -> None:
-    """Step time against past tasks, a panel per workload measured at more than one number, for a light and a dark page."""
+    """Step time against past tasks, a panel per workload measured at more than one number, and the soak, for a light and
+    a dark page."""
     FIGURES.mkdir(exist_ok=True)
     steps = [row for row in rows if row["what"] == "step"]
     counts = Counter(row["workload"] for row in steps)
@@ -320,6 +323,8 @@ def draw(rows: list[dict[str, Any]], cpu: dict[str, Any]) -> None:
         figure = times_figure(drawn, f"{machine['machine']}, {machine['threads']} threads", ink)
         metadata = {"Date": None, "Creator": None}
         figure.savefig(FIGURES / f"step-{theme}.svg", transparent=True, metadata=metadata)
+        if (soak := report_soak.load(RESULTS)) is not None:
+            report_soak.figure(soak, ink).savefig(FIGURES / f"soak-{theme}.svg", transparent=True, metadata=metadata)
 
 
 if __name__ == "__main__":

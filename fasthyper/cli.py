@@ -7,9 +7,12 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import platform
+import signal
+import subprocess
 import sys
-import typing
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,12 +29,13 @@ from fasthyper.inference import METHODS
 from fasthyper.loggers import KINDS, open_logger
 from fasthyper.metrics import MEASURES, Results
 from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, run, with_error
+from fasthyper.recipes.fields import FIELDS, converter
 from fasthyper.streams import fetch
+from fasthyper.sweep import JOURNAL, Parameter, Sweep
 
-_FIXED = ("name", "about", "source", "published")
 _OPTIONAL = {  # package -> the extra that brings it
     **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "torchvision": "vision", "hypnettorch": "bench"},
-    **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche"},
+    **{"tensorboard": "tb", "wandb": "wandb", "avalanche": "avalanche", "optuna": "sweep", "ray": "ray"},
 }
 
 
@@ -43,10 +47,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a fault that a person can mend is one line on stderr."""
     args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return args.command(args) or 0
     except KeyboardInterrupt:
-        saved = getattr(args, "recipe", None) and (args.out / CHECKPOINT).exists()
+        saved = getattr(args, "recipe", None) and any((args.out / name).exists() for name in (CHECKPOINT, JOURNAL))
         kept = f"; state saved in {args.out}, the same command goes on" if saved else ""
         print(f"fasthyper: interrupted{kept}", file=sys.stderr)
         return 130
@@ -69,13 +74,38 @@ def _parser() -> _Parser:
     verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end, or a list")
     verb.add_argument("--log", type=_kinds, default=(), metavar=",".join(KINDS), help="also log to these, in that directory")
     verb.add_argument("--device", type=_device, help="where to train (default: on a GPU, if there is one)")
-    hints = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        if field.name not in _FIXED:
-            flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-            convert = _converter(hints[field.name])
-            verb.add_argument(*sorted(flags), dest=f"set_{field.name}", type=convert, metavar=convert.__name__.upper())
+    _add_settings(verb)
     verb.set_defaults(command=_run)
+
+    verb = verbs.add_parser("sweep", help="try settings of a recipe, or go on with it; several workers", allow_abbrev=False)
+    verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows")
+    verb.add_argument(
+        "--param",
+        dest="parameters",
+        action="append",
+        required=True,
+        metavar="KEY=RANGE",
+        type=_reader(Parameter.parse),
+        help="what to try: beta=log:1e-3:1, lr=1e-4:1e-2, steps=int:100:900, optimizer=choice:adam,sgd, "
+        "hidden=choice:25,25/50,50; several times",
+    )
+    verb.add_argument("--trials", type=_count, default=50, metavar="N", help="in all, of all workers (default: %(default)s)")
+    verb.add_argument("--workers", type=_count, metavar="K", help="processes (default: one per core; on a GPU, one)")
+    verb.add_argument(
+        "--prune",
+        type=_share,
+        default=25,
+        metavar="PERCENT",
+        help="give up the worst so many percent after a task (default: %(default)s; 0: none)",
+    )
+    verb.add_argument("--out", type=Path, help="directory of the sweep (default: sweeps/RECIPE)")
+    verb.add_argument(
+        "--json", action="store_true", help="no progress; all trials and the best as one JSON object at the end"
+    )
+    verb.add_argument("--device", type=_device, help="where to train (default: on a GPU, if there is one)")
+    verb.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes of another sweep
+    _add_settings(verb)
+    verb.set_defaults(command=_sweep)
 
     verb = verbs.add_parser("eval", help="what a run reaches now on the test data of its tasks so far")
     verb.add_argument("directory", type=Path, metavar="RUN_DIR", help="directory of a run")
@@ -121,10 +151,20 @@ def _parser() -> _Parser:
     return parser
 
 
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    for name in FIELDS:
+        flags, read = {f"--{name}", f"--{name.replace('_', '-')}"}, _reader(converter(name))
+        metavar = read.__name__.upper()
+        verb.add_argument(*sorted(flags), dest=f"set_{name}", type=read, default=argparse.SUPPRESS, metavar=metavar)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe that were given."""
+    return {name[4:]: value for name, value in vars(args).items() if name.startswith("set_")}
+
+
 def _run(args: argparse.Namespace) -> None:
-    overrides = {name[4:]: value for name, value in vars(args).items() if name.startswith("set_") and value is not None}
-    overrides = {name: None if value is _NONE else value for name, value in overrides.items()}
-    recipe = dataclasses.replace(args.recipe, **overrides)
+    recipe = dataclasses.replace(args.recipe, **_settings(args))
     out = args.out or Path("runs") / recipe.name
     log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
     log(f"{recipe.name}: {recipe.about}")
@@ -163,6 +203,52 @@ def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None
     if not args.json:
         print(f"\n{trainer.results.summary()}\n")
     return trainer
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    args.out = args.out or Path("sweeps") / args.recipe.name
+    sweep = Sweep(args.recipe, args.out, args.parameters, _settings(args), prune=args.prune)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    if args.worker:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            sweep.work(args.trials, say, args.device, parent=os.getppid())
+        except KeyboardInterrupt:
+            return 130  # of which the process that started it speaks
+        return 0
+    cores, on_gpu = len(os.sched_getaffinity(0)), torch.cuda.is_available() and args.device != "cpu"
+    workers = min(args.workers or (1 if on_gpu else cores), args.trials)
+    say(f"{args.recipe.name}: {sweep.done} of {args.trials} trials are done in {args.out}, {workers} at once")
+    if workers == 1:
+        sweep.work(args.trials, say, args.device)
+    elif status := _work_together([*args.argv, "--worker"], workers, max(1, cores // workers)):
+        return status
+    print(json.dumps(sweep.to_json()) if args.json else sweep.summary())
+    return 0
+
+
+def _work_together(argv: list[str], workers: int, threads: int) -> int:
+    """As many processes of this command; their exit status. An interrupt reaches each once, when it is ready."""
+    command, env = [sys.executable, "-m", "fasthyper", *argv], {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        running += [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(workers)]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while any(process.poll() is None for process in running):
+            if failed := next((process for process in running if process.poll()), None):
+                return failed.returncode
+            time.sleep(0.05)
+        return max(process.returncode for process in running)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -266,6 +352,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage from 0 to below 100")
+    return share
+
+
 def _kinds(text: str) -> tuple[str, ...]:
     kinds = tuple(filter(None, text.split(",")))
     for kind in kinds:
@@ -274,34 +370,14 @@ def _kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
-class _None:
-    """A setting given as `none`, as opposed to one not given."""
+def _reader(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``convert`` for argparse, which shows the message of its own errors only."""
 
-
-_NONE = _None()
-
-
-def _converter(hint: Any) -> Callable[[str], Any]:
-    """From the text of a command line to a recipe field of this type; its ``__name__`` is what help and errors show."""
-    options = typing.get_args(hint)
-    optional = type(None) in options
-    inner = next(option for option in options if option is not type(None)) if optional else hint
-
-    def convert(text: str) -> Any:
-        if optional and text.lower() == "none":
-            return _NONE
-        if inner is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if typing.get_origin(inner) is tuple:
-            return tuple(int(part) for part in text.split(",") if part)
-        return inner(text)
-
-    def checked(text: str) -> Any:
+    def read(text: str) -> Any:
         try:
             return convert(text)
-        except (KeyError, ValueError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {checked.__name__}") from error
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
-    name = "true|false" if inner is bool else "int,int,..." if typing.get_origin(inner) is tuple else inner.__name__
-    checked.__name__ = f"{name}|none" if optional else name
-    return checked
+    read.__name__ = convert.__name__
+    return read

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist, stdev
 from typing import Any, NamedTuple
 
@@ -61,7 +61,12 @@ def average_so_far(matrix: Matrix) -> list[float]:
 
 def aia(matrix: Matrix) -> float:
     """Average incremental accuracy: mean over i of the mean over j<=i of R[i,j]. NaN where a row has gaps."""
-    return _mean(average_so_far(matrix))
+    total = 0.0
+    for i, row in enumerate(matrix):
+        total += _mean(row[: i + 1])
+        if math.isnan(total):  # a long sequence has many rows, and most of them gaps
+            break
+    return total / len(matrix) if matrix else math.nan
 
 
 def bwt(matrix: Matrix, convention: str = "gem") -> float:
@@ -183,13 +188,30 @@ class TaskRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return asdict(self)
+        return {**vars(self), "loss": list(self.loss), "drift": list(self.drift)}  # asdict copies every number
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TaskRecord:
         """The record that ``to_json`` wrote, exactly."""
         curves = {key: [(int(step), value) for step, value in data[key]] for key in ("loss", "drift")}
         return cls(**{**data, **curves})
+
+
+class _Row(Sequence[float]):
+    """A row of R, NaN where nothing was evaluated."""
+
+    def __init__(self, found: dict[int, float], size: int):
+        self._found, self._size = found, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, j: Any) -> Any:
+        places = range(self._size)[j]
+        return self._found.get(places, math.nan) if isinstance(places, int) else [self[place] for place in places]
+
+    def __iter__(self) -> Iterator[float]:
+        return (self._found.get(j, math.nan) for j in range(self._size))
 
 
 @dataclass
@@ -211,13 +233,20 @@ class Results:
     @property
     def held(self) -> list[int]:
         """The tasks trained and not forgotten on purpose."""
-        return [task for task in range(len(self.tasks)) if task not in self.forgotten]
+        tasks = range(len(self.tasks))
+        return [task for task in tasks if task not in self.forgotten] if self.forgotten else list(tasks)
 
     @property
     def matrix(self) -> list[list[float]]:
         """R, square over the trained tasks, NaN where nothing was evaluated."""
-        size = len(self.tasks)
-        return [[self.accuracy.get(i, {}).get(j, math.nan) for j in range(size)] for i in range(size)]
+        tasks = range(len(self.tasks))
+        return [list(row) for row in self._rows(tasks, tasks)]
+
+    def _rows(self, rows: Sequence[int], columns: Sequence[int], sign: int = 1) -> list[_Row]:
+        """These rows and columns of R, times ``sign``; what was not evaluated takes no memory."""
+        place = {task: j for j, task in enumerate(columns)}
+        found = (self.accuracy.get(i, {}) for i in rows)
+        return [_Row({place[j]: sign * x for j, x in row.items() if j in place}, len(columns)) for row in found]
 
     @property
     def samples_per_second(self) -> float:
@@ -234,12 +263,12 @@ class Results:
         All are of the tasks that were not forgotten on purpose. Of errors, ACC is NaN and ``"mse"`` the mean after the last
         task; the others are of their negatives.
         """
-        measure, full, held = MEASURES[self.measure], self.matrix, self.held
-        rows = [*held[:-1], len(full) - 1] if held else []  # the last is what came of them all
-        matrix = [[full[i][j] for j in held] for i in rows]
+        measure, held = MEASURES[self.measure], self.held
+        rows = [*held[:-1], len(self.tasks) - 1] if held else []  # the last is what came of them all
+        matrix = self._rows(rows, held)
         mean = {"acc": math.nan, measure.key: acc(matrix), "aia": aia(matrix)}
         if measure.is_error:
-            matrix = [[-x for x in row] for row in matrix]
+            matrix = self._rows(rows, held, -1)
         return {
             **mean,
             "bwt": bwt(matrix),
@@ -290,7 +319,9 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return asdict(self)
+        accuracy = {trained: dict(row) for trained, row in self.accuracy.items()}
+        forgotten, tasks = dict(self.forgotten), [task.to_json() for task in self.tasks]
+        return {**vars(self), "tasks": tasks, "accuracy": accuracy, "forgotten": forgotten}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:

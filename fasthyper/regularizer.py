@@ -14,6 +14,7 @@ from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
+_WORTH = 64  # what is made of T tasks saves steps over k of them a part: so much work as is done again in T / k steps
 
 
 class OutputRegularizer:
@@ -49,7 +50,12 @@ class OutputRegularizer:
 
     @torch.no_grad()
     def snapshot(
-        self, past: int | Sequence[int], theta: Sequence[Tensor] | None = None, embeddings: Tensor | None = None
+        self,
+        past: int | Sequence[int],
+        theta: Sequence[Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        *,
+        sampled: int | None = None,
     ) -> None:
         """Remembers what past tasks generate now: the basis and their features, never their weights.
 
@@ -57,6 +63,8 @@ class OutputRegularizer:
             past: T, for tasks ``0 .. T-1``; or T tasks, which are then tasks ``0 .. T-1`` to all other methods.
             theta: stands in for ``hnet.theta``, in the same order.
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings.
+            sampled: how many of them each step will take; ``None``: all. Of far more than that no features are made now, and
+                those that a step takes are made in it: the cost of neither grows with T then, but for the embeddings.
 
         Raises:
             ValueError: fewer tasks than that.  IndexError: no such task.
@@ -70,7 +78,8 @@ class OutputRegularizer:
         self._all = self._plan(range(self.num_past))
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
-        if len(self.theta0) > 2:  # without a trunk nothing of the size of all features is made, now or later
+        is_worth_it = sampled is None or self.num_past <= _WORTH * sampled
+        if len(self.theta0) > 2 and is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
             self._pre0, self._gram0 = self._run_trunk0(self.num_past)
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
@@ -194,11 +203,11 @@ class OutputRegularizer:
         """What ``restore`` needs: the snapshot's theta, then its embeddings."""
         return [*self.theta0, self.embeddings0]
 
-    def restore(self, past: int | Sequence[int], state: Sequence[Tensor]) -> None:
-        """Takes over a snapshot of ``past`` that ``state`` gave."""
+    def restore(self, past: int | Sequence[int], state: Sequence[Tensor], *, sampled: int | None = None) -> None:
+        """Takes over a snapshot of ``past`` that ``state`` gave; ``sampled`` as in ``snapshot``."""
         device = self.hnet.basis.device
         *theta, embeddings = (tensor.to(device) for tensor in state)
-        self.snapshot(past, theta, embeddings)
+        self.snapshot(past, theta, embeddings, sampled=sampled)
 
     def _rows(
         self, name: str, given: Tensor | Sequence[Tensor] | None, tasks: Sequence[int] | Tensor | None
@@ -222,7 +231,7 @@ class OutputRegularizer:
         return given if tasks is None else [given[int(task)] for task in tasks]
 
     def _plan(self, tasks: Sequence[int]) -> Tensor:
-        tasks = [self._tasks[task] for task in tasks]
+        tasks = [self._tasks[task] for task in tasks] if self.hnet.layout.heads else tasks  # else only their number counts
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
 
 

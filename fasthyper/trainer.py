@@ -247,6 +247,8 @@ class Trainer:
         """
         record = self._under_way().record
         self._collect(wait=True)
+        for parameter in self._under_way().free:
+            parameter.grad = None  # each task has an embedding of its own, which is not trained again
         self.results.tasks.append(record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         self._current = None
@@ -289,7 +291,7 @@ class Trainer:
         lr = self.config["lr"] if lr is None else lr
         if steps < 1 or num_noises < 1 or gamma <= 0 or lr <= 0:
             raise ValueError("steps and num_noises must be at least 1, gamma and lr positive")
-        self.regularizer.snapshot([other for other in self.results.held if other != task])
+        self.regularizer.snapshot([other for other in self.results.held if other != task], sampled=self.reg_tasks)
         theta = self.hnet.theta
         optimizer = self._optimizer(theta, lr)
         curve: list[tuple[float, float]] = []
@@ -434,7 +436,8 @@ class Trainer:
             snapshot = with_prefix(tensors, "snapshot.")
             trainer._current = trainer._begin(record.index, record.name)
             trainer._current.restore(record, tensors)
-            trainer.regularizer.restore(trainer.results.held, [snapshot[str(i)] for i in range(len(snapshot))])
+            state_of_it = [snapshot[str(i)] for i in range(len(snapshot))]
+            trainer.regularizer.restore(trainer.results.held, state_of_it, sampled=trainer.reg_tasks)
         return trainer
 
     def _total_steps(self) -> int:
@@ -497,7 +500,7 @@ class Trainer:
         """New optimizers, and a snapshot of what the past tasks generate now."""
         embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
         held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in self.results.held] if self.plastic else [])]
-        self.regularizer.snapshot(self.results.held)
+        self.regularizer.snapshot(self.results.held, sampled=self.reg_tasks)
         lr = self.config["lr"]
         groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
         current = TaskInTraining(
@@ -506,6 +509,7 @@ class Trainer:
             free=[embedding, *rest],
             held_optimizer=self._optimizer(held, lr),
             free_optimizer=self._optimizer(groups, lr),
+            before=self._total_steps(),
         )
         if self.graph is not False and self.device.type in RUNTIMES:
             optimizers, scheduled = (current.held_optimizer, current.free_optimizer), self.config["schedule"] != "constant"
@@ -574,10 +578,9 @@ class Trainer:
             record.loss.append((step, loss))
             if not math.isnan(drift):
                 record.drift.append((step, drift))
-        due = [logger for logger in self.loggers if step % logger.every == 0]
-        total = sum(task.steps for task in self.results.tasks) + record.steps if due else 0
-        for logger in due:
-            logger.on_step(record.index, step, total, loss, drift)
+        for logger in self.loggers:
+            if step % logger.every == 0:
+                logger.on_step(record.index, step, now.before + record.steps, loss, drift)
 
     def _step(self, now: TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One update; returns the task loss and the drift (NaN without one) before it, the step's one read."""

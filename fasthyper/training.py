@@ -30,10 +30,12 @@ class TaskInTraining:
         free: list[nn.Parameter],
         held_optimizer: torch.optim.Optimizer,
         free_optimizer: torch.optim.Optimizer,
+        before: int = 0,
     ):
         self.record, self.held, self.free = record, held, free
         self.held_optimizer, self.free_optimizer = held_optimizer, free_optimizer
         self.planned, self.clock = 0, 0.0  # steps to come in all; when the last one was noted
+        self.before = before  # steps of the tasks before it
         self.latest = math.nan, math.nan  # loss and drift last read
         self.graph: StepGraph | None = None
         self.steady = False  # a first step has made the optimizers' state

@@ -72,6 +72,7 @@ ALLOWED = {
         *("checkpoint", "errors", "hypernet", "loggers", "metrics", "nets", "replay", "replay_model", "streams", "trainer"),
     },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
+    "sweep": {"errors", "loggers", "losses", "metrics", "recipes"},
     "bench": {
         *("compat", "environment", "errors", "hypernet", "layout", "metrics", "nets", "planner", "regularizer", "trainer"),
     },
@@ -81,7 +82,7 @@ ALLOWED = {
     },
     "cli": {
         *("bench", "checkpoint", "environment", "errors", "export", "inference", "loggers", "metrics", "recipes", "report"),
-        "streams",
+        *("streams", "sweep"),
     },
     "__main__": {"cli"},
 }
@@ -94,6 +95,7 @@ THIRD_PARTY = {  # beside torch and the standard library; imported inside functi
     "progress": {"rich"},
     "report": {"matplotlib", "numpy"},
     "streams": {"PIL", "numpy", "sklearn"},
+    "sweep": {"optuna", "ray"},
 }
 PUBLIC = {"__init__"}
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a link, which rglob may not follow

@@ -16,6 +16,7 @@ from fasthyper.streams.batches import derived_seed
 
 Device = torch.device | str
 SCENARIOS = ("task", "domain", "class")
+_KEPT = 1000  # tasks that a stream keeps
 
 
 class TaskData:
@@ -216,7 +217,7 @@ class Task:
 
 
 class Stream(Sequence[Task]):
-    """A sequence of tasks; each is made when it is first asked for, then kept.
+    """A sequence of tasks; each is made when it is first asked for; the last thousand made are kept.
 
     Args:
         name: for messages and records.
@@ -251,6 +252,8 @@ class Stream(Sequence[Task]):
             raise IndexError(f"task index {position} out of range: the stream {self.name!r} has {len(self)} tasks")
         index = self._indices[position]
         if index not in self._tasks:
+            if len(self._tasks) >= _KEPT:
+                del self._tasks[next(iter(self._tasks))]
             self._tasks[index] = self._make_task(index)
         return self._tasks[index]
 
