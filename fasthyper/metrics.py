@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import NormalDist, stdev
 from typing import Any, NamedTuple
 
@@ -171,7 +171,8 @@ def is_sampled(step: int, steps: int, num_tasks: int) -> bool:
 
 @dataclass
 class TaskRecord:
-    """How one task was trained. ``loss`` and ``drift`` are samples (step, value), evenly spaced; ``seconds`` wall time."""
+    """How one task was trained. ``loss`` and ``drift`` are samples (step, value), evenly spaced; ``seconds`` wall time;
+    ``skipped`` of the steps changed nothing, since a number was not finite."""
 
     index: int
     name: str = ""
@@ -180,10 +181,11 @@ class TaskRecord:
     seconds: float = 0.0
     loss: list[tuple[int, float]] = field(default_factory=list)
     drift: list[tuple[int, float]] = field(default_factory=list)
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return asdict(self)
+        return {**vars(self), "loss": list(self.loss), "drift": list(self.drift)}  # asdict copies every number
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TaskRecord:
@@ -290,7 +292,9 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""
-        return asdict(self)
+        accuracy = {trained: dict(row) for trained, row in self.accuracy.items()}
+        forgotten, tasks = dict(self.forgotten), [task.to_json() for task in self.tasks]
+        return {**vars(self), "tasks": tasks, "accuracy": accuracy, "forgotten": forgotten}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:

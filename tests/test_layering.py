@@ -80,8 +80,8 @@ ALLOWED = {
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
     "cli": {
-        *("bench", "checkpoint", "environment", "errors", "export", "inference", "loggers", "metrics", "recipes", "report"),
-        "streams",
+        *("bench", "checkpoint", "environment", "errors", "export", "inference", "interrupt", "loggers", "metrics"),
+        *("planner", "recipes", "report", "streams", "trainer"),
     },
     "__main__": {"cli"},
 }
