@@ -36,16 +36,16 @@ def claim(directory: Path, name: str | None = None) -> None:
     Raises:
         CheckpointError: it cannot be written, holds files that are not ours, or holds a run of another name.
     """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; name a directory")
-    if directory.is_dir() and any(path.name not in LOGS and _writer_of(path) is None for path in directory.iterdir()):
-        if not holds_run(directory) and not (directory / RESULTS).exists():
-            raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
-        if name is not None and (directory / RESULTS).exists():
-            found = read_results(directory)["name"]
-            if found != name:
-                raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
     try:
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; name a directory")
+        if directory.is_dir() and any(path.name not in LOGS and _writer_of(path) is None for path in directory.iterdir()):
+            if not holds_run(directory) and not (directory / RESULTS).exists():
+                raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
+            if name is not None and (directory / RESULTS).exists():
+                found = read_results(directory)["name"]
+                if found != name:
+                    raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
@@ -186,7 +186,7 @@ def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint.
 
     Raises:
-        CheckpointError: missing, truncated, corrupted, or of another format; says how to go on from ``PREVIOUS`` if it is whole.
+        CheckpointError: missing, damaged, or of another format; it says how to go on from ``PREVIOUS`` if that is whole.
     """
     _settle(directory)
     path, previous = directory / CHECKPOINT, directory / PREVIOUS

@@ -729,13 +729,12 @@ class Trainer:
 
     def _finite(self, numbers: Sequence[float], record: TaskRecord) -> tuple[float, float]:
         """Loss and drift, NaN where there is none, of what ``_update`` returns; raises where a number is not finite."""
-        loss, gradient, *drift = numbers
-        for what, number in (("loss", loss), *(("drift", value) for value in drift), ("gradient", gradient)):
+        for what, number in zip(("loss", "gradient", "drift"), numbers, strict=False):
             if not math.isfinite(number):
                 raise NonFiniteLossError(
                     f"{what} is {number} at task {record.index}, step {record.steps}: lower lr or beta, or look at the data"
                 )
-        return loss, drift[0] if drift else math.nan
+        return numbers[0], numbers[2] if len(numbers) > 2 else math.nan
 
 
 def tests_of(tasks: Any) -> dict[int, TaskData]:

@@ -165,7 +165,8 @@ def test_damaged_data_is_named(tmp_path, capsys):
     one_line(capsys, "is not the right file", "SHA-256")
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_the_same_command_goes_on(tmp_path, signum):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
     command[command.index("12")], command[command.index("2")] = "500", "20"
@@ -183,10 +184,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     checkpoint, until = tmp_path / "run" / "checkpoint.safetensors", time.monotonic() + 240
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)  # until the first task of twenty is kept
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, errors
-    assert "interrupted; state saved in" in errors and "the same command goes on" in errors
+    assert process.returncode == 128 + signum, errors
+    what = "interrupted" if signum == signal.SIGINT else "terminated"
+    assert f"{what}; state saved in" in errors and "the same command goes on" in errors
     assert checkpoint.exists()
     process = start()
     process.stdout.readline()
