@@ -197,6 +197,24 @@ def test_signals_save_and_the_same_command_goes_on(tmp_path, signum):
     process.communicate(timeout=240)
 
 
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_is_offered(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+    (out / "checkpoint.safetensors").write_bytes(b"not it")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "is damaged" in errors[1] and f"`mv {out}/previous.safetensors" in errors[1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "checkpoint.safetensors").unlink()  # neither does a run begin anew over it
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    (out / "previous.safetensors").rename(out / "checkpoint.safetensors")
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+
+
 def test_run_logs_into_its_directory(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     out = tmp_path / "run"

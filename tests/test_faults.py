@@ -42,7 +42,7 @@ def way(request, monkeypatch):
 
 
 def data(bad=(BAD,)):
-    inputs = torch.rand(24, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    inputs = torch.rand(24, 6, generator=torch.Generator().manual_seed(3)) + 0.5
     inputs[list(bad), 0] = 0
     return inputs, torch.arange(24) % 4
 
