@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with whole_process():
             return args.command(args) or 0
     except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 143:
+            raise
         saved = getattr(args, "recipe", None) and args.out is not None and holds_run(args.out)
         kept = f"; state saved in {args.out}, the same command goes on" if saved else ""
         what, status = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", 143)
