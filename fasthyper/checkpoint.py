@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import tempfile
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,51 +24,181 @@ FORMAT = "fasthyper-checkpoint-1"
 HYPERNET_FORMAT = "fasthyper-hypernet-1"
 RESULTS_FORMAT = "fasthyper-results-1"
 CHECKPOINT, RESULTS, SAMPLES = "checkpoint.safetensors", "results.json", "samples.safetensors"
+PREVIOUS = "previous.safetensors"  # the checkpoint before
+SAVE_EVERY = 300.0  # seconds
+SHARE = 0.01  # of a run's time that copying its state by time may take
 LOGS = ("log.csv", "tensorboard", "wandb")  # may lie in a run's directory before its first checkpoint does
 
 
 def claim(directory: Path, name: str | None = None) -> None:
-    """Makes ``directory`` ready to be written: new, empty, or a run of the same name.
+    """Makes ``directory`` ready to be written: new, empty, or a run of the same name. What killed writers left is removed.
 
     Raises:
         CheckpointError: it cannot be written, holds files that are not ours, or holds a run of another name.
     """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; name a directory")
-    if directory.is_dir() and any(path.name not in LOGS for path in directory.iterdir()):
-        if not (directory / RESULTS).exists() and not (directory / CHECKPOINT).exists():
-            raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
-        if name is not None and (directory / RESULTS).exists():
-            found = read_results(directory)["name"]
-            if found != name:
-                raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
     try:
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; name a directory")
+        if directory.is_dir() and any(path.name not in LOGS and _writer_of(path) is None for path in directory.iterdir()):
+            if not holds_run(directory) and not (directory / RESULTS).exists():
+                raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
+            if name is not None and (directory / RESULTS).exists():
+                found = read_results(directory)["name"]
+                if found != name:
+                    raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+        for path in directory.iterdir():
+            if (writer := _writer_of(path)) is not None and not _is_alive(writer):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror}") from error
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether there is a state to go on from, whole or not."""
+    return any((directory / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
 def save(directory: Path, tensors: dict[str, Tensor], state: dict[str, Any], results: dict[str, Any]) -> None:
-    """Writes checkpoint and results, each whole or not at all: what was there before stays until it is replaced.
+    """Writes checkpoint and results, each whole or not at all; the checkpoint that was there stays as ``PREVIOUS``.
 
     Raises:
         CheckpointError: it cannot be written, or the directory is not ours.
     """
+    _settle(directory)
+    _save(directory, _copies(tensors), state, results)
+
+
+def _save(directory: Path, tensors: dict[str, Tensor], state: dict[str, Any], results: dict[str, Any]) -> None:
     claim(directory)
-    write(directory / CHECKPOINT, tensors, FORMAT, state)
-    results = {"format": RESULTS_FORMAT, **results}
-    _replace(directory / RESULTS, lambda path: path.write_text(json.dumps(results)))
+    _write(directory / CHECKPOINT, tensors, FORMAT, state)
+    text = json.dumps({"format": RESULTS_FORMAT, **results})
+    _replace(directory / RESULTS, lambda path: path.write_text(text))
+
+
+class Saver:
+    """Saves a run while it goes on: its state is copied at once, and written in a thread of its own, one at a time.
+
+    Of states that wait for the one being written only the newest stays.
+
+    Args:
+        directory: ``None``: nothing is saved.
+        every: seconds between the saves of ``save_if_due``; more where copying would take more than ``SHARE`` of the time.
+        contents: tensors, state and results as ``save`` takes them; a method, which is not kept alive.
+
+    Raises:
+        ValueError: ``every`` is not above 0.  CheckpointError: the directory cannot be written, or is not ours.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        every: float,
+        contents: Callable[[], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]],
+    ):
+        if not every > 0:
+            raise ValueError(f"seconds between two saves must be above 0, got {every}")
+        self.directory, self.every, self._contents = directory, every, weakref.WeakMethod(contents)
+        self._due = time.monotonic() + every
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._waiting: tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]] | None = None
+        self._error: BaseException | None = None
+        if directory is not None:
+            claim(directory)
+            _SAVERS.add(self)
+
+    def save_if_due(self) -> None:
+        """Saves as ``save`` does, where the time has come and nothing is being written."""
+        if self.directory is None:
+            return
+        self._raise()
+        if time.monotonic() >= self._due and self._thread is None:
+            self.save()
+
+    def save(self) -> None:
+        """Copies the state, and leaves it to be written.
+
+        Raises:
+            CheckpointError: an earlier state could not be written.
+        """
+        contents = self._contents()
+        if self.directory is None or contents is None:
+            return
+        self._raise()
+        began = time.monotonic()
+        tensors, state, results = contents()
+        with self._lock:
+            self._waiting = _copies(tensors), state, results
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._write_all, name="fasthyper-checkpoint")
+                self._thread.start()
+        now = time.monotonic()
+        self._due = now + max(self.every, (now - began) / SHARE)
+
+    def flush(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        self._wait()
+        self._raise()
+
+    def _wait(self) -> None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_all(self) -> None:
+        while True:
+            with self._lock:
+                job, self._waiting = self._waiting, None
+                if job is None:
+                    self._thread = None
+                    return
+            try:
+                _save(self.directory, *job)  # type: ignore[arg-type]
+            except BaseException as error:
+                if not threading.main_thread().is_alive():  # nobody is left to be told later
+                    raise
+                self._error = error
+
+
+_SAVERS: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _settle(directory: Path) -> None:
+    """Waits for what this process is writing there."""
+    for saver in list(_SAVERS):
+        if saver.directory is not None and saver.directory.absolute() == directory.absolute():
+            saver._wait()
 
 
 def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint.
 
     Raises:
-        CheckpointError: missing, truncated, corrupted, or not a checkpoint of this format.
+        CheckpointError: missing, damaged, or of another format; it says how to go on from ``PREVIOUS`` if that is whole.
     """
-    return read(directory / CHECKPOINT, FORMAT)
+    _settle(directory)
+    path, previous = directory / CHECKPOINT, directory / PREVIOUS
+    try:
+        return read(path, FORMAT)
+    except CheckpointError as error:
+        try:
+            read(previous, FORMAT)
+        except CheckpointError:
+            raise error from None
+        move = f"mv {shlex.quote(str(previous))} {shlex.quote(str(path))}"
+        raise CheckpointError(f"{error}; the one before it is whole, and `{move}` goes on from there") from error
 
 
 def write(path: Path, tensors: dict[str, Tensor], format: str, state: dict[str, Any] | None = None) -> None:
@@ -72,11 +207,21 @@ def write(path: Path, tensors: dict[str, Tensor], format: str, state: dict[str, 
     Raises:
         CheckpointError: it cannot be written.
     """
+    if path.name in (CHECKPOINT, PREVIOUS) and format != FORMAT:
+        raise CheckpointError(f"{path} is what a run goes on from; name another file")
+    _write(path, _copies(tensors), format, state)
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and of nobody else."""
+    contiguous = torch.contiguous_format
+    return {name: t.detach().to("cpu", copy=True, memory_format=contiguous) for name, t in tensors.items()}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], format: str, state: dict[str, Any] | None = None) -> None:
+    """``write``, of tensors that are ``_copies``."""
     from safetensors.torch import save_file
 
-    if path.name == CHECKPOINT and format != FORMAT:
-        raise CheckpointError(f"{path} is what a run goes on from; name another file")
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {"format": format}
     if state is not None:
         header["state"] = json.dumps(state)
@@ -147,6 +292,7 @@ def read_results(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or of another format.
     """
+    _settle(directory)
     path = directory / RESULTS
     try:
         content = json.loads(path.read_text())
@@ -156,19 +302,68 @@ def read_results(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no {RESULTS} in {directory}: run `fasthyper run RECIPE --out {directory}` first") from error
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        again = "; without it a run goes on, and writes it anew" if (directory / CHECKPOINT).exists() else ""
+        raise CheckpointError(f"{path} is damaged: {error}{again}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` to a temporary neighbour, then onto ``path`` in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """``write`` to a neighbour, then onto ``path`` in one move; a checkpoint that was there stays as ``PREVIOUS``."""
+    temporary = _beside(path)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
+        if path.name == CHECKPOINT and path.exists():
+            _keep(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, Exception):  # of many kinds: safetensors wraps a full disk in an error of its own
             raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error
         raise
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Makes ``kept`` a second name of the file at ``path``, which stays where it is."""
+    beside = _beside(kept)
+    try:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(path, beside)
+        except OSError:  # not every file system has links
+            shutil.copyfile(path, beside)
+            _sync(beside)
+        os.replace(beside, kept)
+    finally:
+        beside.unlink(missing_ok=True)  # it stays where both were names of the same file already
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's contents, or a directory's names, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    """Where this process writes what then moves to ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _writer_of(path: Path) -> int | None:
+    """The process that writes, or wrote, this file to move it into a run; ``None``: it is another file."""
+    name, _, process = path.name.rpartition(".")
+    ours = process.isdecimal() and name in (f".{kept}" for kept in (CHECKPOINT, PREVIOUS, RESULTS, SAMPLES))
+    return int(process) if ours else None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

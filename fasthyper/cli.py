@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted with the state saved."""
+"""The command line. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted and 143 terminated with the state saved."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ import torch
 
 import fasthyper
 from fasthyper.bench.verbs import add_verbs
-from fasthyper.checkpoint import CHECKPOINT, read_results
+from fasthyper.checkpoint import SAVE_EVERY, holds_run, read_results
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError
 from fasthyper.export import load
 from fasthyper.inference import METHODS
+from fasthyper.interrupt import whole_process
 from fasthyper.loggers import KINDS, open_logger
 from fasthyper.metrics import MEASURES, Results
+from fasthyper.planner import MEMORY_BUDGET
 from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, run, with_error
 from fasthyper.recipes.fields import FIELDS, converter
 from fasthyper.streams import fetch
 from fasthyper.sweep import JOURNAL, Parameter, Sweep
+from fasthyper.trainer import ON_NONFINITE
 
 _OPTIONAL = {  # package -> the extra that brings it
     **{"rich": "", "matplotlib": "plot", "sklearn": "digits", "torchvision": "vision", "hypnettorch": "bench"},
@@ -49,12 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return args.command(args) or 0
-    except KeyboardInterrupt:
-        saved = getattr(args, "recipe", None) and any((args.out / name).exists() for name in (CHECKPOINT, JOURNAL))
+        with whole_process():
+            return args.command(args) or 0
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 143:
+            raise
+        out = args.out if getattr(args, "recipe", None) else None
+        saved = out is not None and (holds_run(out) or (out / JOURNAL).exists())
         kept = f"; state saved in {args.out}, the same command goes on" if saved else ""
-        print(f"fasthyper: interrupted{kept}", file=sys.stderr)
-        return 130
+        what, status = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", 143)
+        print(f"fasthyper: {what}{kept}", file=sys.stderr)
+        return status
     except (FasthyperError, ValueError, IndexError, OSError) as error:
         print(f"fasthyper: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -74,6 +82,13 @@ def _parser() -> _Parser:
     verb.add_argument("--json", action="store_true", help="no progress; the scores as one JSON object at the end, or a list")
     verb.add_argument("--log", type=_kinds, default=(), metavar=",".join(KINDS), help="also log to these, in that directory")
     verb.add_argument("--device", type=_device, help="where to train (default: on a GPU, if there is one)")
+    verb.add_argument(
+        "--save-every", type=float, default=SAVE_EVERY, metavar="SECONDS", help="between checkpoints (default: %(default)g)"
+    )
+    verb.add_argument(
+        "--on-nonfinite", choices=tuple(ON_NONFINITE), default="stop", help="on NaN or infinity: stop, or skip that step"
+    )
+    verb.add_argument("--memory-budget", type=int, default=MEMORY_BUDGET, metavar="BYTES", help="for past tasks' features")
     _add_settings(verb)
     verb.set_defaults(command=_run)
 
@@ -199,6 +214,9 @@ def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None
         log=log,
         loggers=lambda: [open_logger(kind, args.out, recipe.name, dataclasses.asdict(recipe)) for kind in args.log],
         device=args.device,
+        save_every=args.save_every,
+        on_nonfinite=args.on_nonfinite,
+        memory_budget=args.memory_budget,
     )
     if not args.json:
         print(f"\n{trainer.results.summary()}\n")

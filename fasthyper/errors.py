@@ -14,7 +14,12 @@ class CheckpointError(FasthyperError):
 
 
 class NonFiniteLossError(FasthyperError):
-    """The loss or the drift became NaN or infinite."""
+    """The loss, the drift or a gradient became NaN or infinite.
+
+    ``indices``: the examples of the batch, where ``fit`` chose them; with what augmentation drew for each beside it.
+    """
+
+    indices: list[int] | list[list[int]] | None = None
 
 
 class MissingPackageError(FasthyperError, ImportError):

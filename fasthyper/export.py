@@ -29,7 +29,7 @@ def load(path: str | Path, target: nn.Module | None = None) -> ChunkedHypernet:
     path = Path(path)
     if path.is_dir():
         path = path / checkpoint.CHECKPOINT
-        tensors, state = checkpoint.read(path, checkpoint.FORMAT)
+        tensors, state = checkpoint.load(path.parent)
         tensors = with_prefix(tensors, "hnet.")
     else:
         tensors, state = checkpoint.read(path, checkpoint.HYPERNET_FORMAT)

@@ -14,6 +14,7 @@ CAPACITY = 1024  # steps whose numbers the device keeps until they are read
 WARM_UP = 2  # steps that are run as they are before one is captured
 MOST_GRAPHS = 4  # of batches of different shapes; more of them are run as they are
 READ_EVERY = 0.1  # seconds
+NUMBERS = 3  # of a step, at most
 
 Step = Callable[..., Tensor]
 
@@ -90,9 +91,9 @@ RUNTIMES: dict[str, type[Runtime]] = {"cuda": Cuda}  # by type of device
 class StepGraph:
     """Launches steps, and reads later what they returned.
 
-    A step is ``run(healthy, *inputs)``: it returns at most two numbers, ``[k]``, and reads nothing from the device. Where
-    one is not finite it makes ``healthy``, a bool ``[]``, false, and where that is false it changes nothing, so that no
-    later step does either. It must find all it uses but ``inputs`` where it was when it was captured.
+    A step is ``run(failed, *inputs)``: it returns at most ``NUMBERS`` of them, ``[k]``, and reads nothing from the device.
+    ``failed``, int64 ``[]``, is the trainer's count of steps in a row that were not finite and changed nothing. It must find
+    all it uses but ``inputs`` where it was when it was captured.
 
     Args:
         runtime: of the device.
@@ -101,15 +102,15 @@ class StepGraph:
 
     def __init__(self, runtime: Runtime, device: torch.device, dtype: torch.dtype):
         self._runtime = runtime
-        self._healthy = torch.ones((), dtype=torch.bool, device=device)
-        self._numbers = torch.zeros(CAPACITY, 2, dtype=dtype, device=device)  # a ring
+        self._failed = torch.zeros((), dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(CAPACITY, NUMBERS, dtype=dtype, device=device)  # a ring
         self._place = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step in it
         self._steps: dict[Hashable, _Captured] = {}
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the steps that were not read; later ones are healthy again."""
-        self._healthy.fill_(True)
+        """Forgets the steps that were not read; none failed."""
+        self._failed.zero_()
         self._place.zero_()
         self._launched = self._asked = self._read = 0
         self._fetched: Fetched | None = None
@@ -135,7 +136,7 @@ class StepGraph:
         return obstacle
 
     def read(self, wait: bool = False) -> list[list[float]]:
-        """What further steps returned, in order, as far as it has arrived: [k numbers, and others to fill up two] each.
+        """What further steps returned, in order, as far as it has arrived: [k numbers, and others to fill up] each.
 
         ``wait``: for all steps launched so far. Else numbers are asked for 10 times a second and taken when they are there.
         """
@@ -161,8 +162,8 @@ class StepGraph:
         """``run`` with what it returns put into the ring."""
 
         def step(*inputs: Tensor) -> None:
-            values = run(self._healthy, *inputs)
-            row = torch.nn.functional.pad(values, (0, 2 - len(values))).to(self._numbers.dtype)
+            values = run(self._failed, *inputs)
+            row = torch.nn.functional.pad(values, (0, NUMBERS - len(values))).to(self._numbers.dtype)
             self._numbers.index_copy_(0, self._place, row[None])
             self._place.add_(1).remainder_(CAPACITY)
 

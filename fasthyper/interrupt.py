@@ -1,32 +1,80 @@
-"""Ctrl-C between steps: an interrupted step would leave half an update behind."""
+"""Ctrl-C and SIGTERM between steps: an interrupted step would leave half an update behind."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_at_once = False  # a second signal ends the process, which is the command line's
+
+
+def stopped_by(signum: int) -> BaseException:
+    """What ends a process as the signal would: of Ctrl-C a ``KeyboardInterrupt``, of SIGTERM ``SystemExit(143)``."""
+    return KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """While inside, Ctrl-C only sets a flag, which the yielded function reads; a second one interrupts at once.
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """While inside, Ctrl-C and SIGTERM only set a flag: the yielded function returns the signal, 0 before; a second one ends
+    at once.
 
-    Where interrupts are ignored (a background job) they stay so; outside the main thread nothing is done.
+    Where signals are ignored (a background job) or SIGTERM has a handler of somebody's own they stay so; outside the main
+    thread nothing is done.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield lambda: False
-        return
-    requested = False
+    requested = 0
 
-    def handler(signum, frame):  # type: ignore[no-untyped-def]
+    def handler(signum: int, frame: FrameType | None) -> None:
         nonlocal requested
         if requested:
-            raise KeyboardInterrupt
-        requested = True
+            _end(signum)
+        requested = signum
 
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
+    ours = (signal.SIG_DFL, signal.default_int_handler, _terminate)
+    with _handling(
+        handler, lambda signum, now: now not in (signal.SIG_IGN, None) if signum == signal.SIGINT else now in ours
+    ):
         yield lambda: requested
+
+
+@contextmanager
+def whole_process() -> Iterator[None]:
+    """For a command line: SIGTERM raises as Ctrl-C does, and a second signal in ``deferred_interrupt`` ends the process."""
+    global _at_once
+    with _handling(_terminate, lambda signum, now: signum == signal.SIGTERM and now == signal.SIG_DFL):
+        _at_once = True
+        try:
+            yield
+        finally:
+            _at_once = False
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise stopped_by(signum)
+
+
+def _end(signum: int) -> None:
+    if _at_once:
+        os.write(2, b"fasthyper: ended at once; what was saved last is whole\n")
+        os._exit(128 + signum)
+    raise stopped_by(signum)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], takes: Callable[[int, Any], bool]) -> Iterator[None]:
+    """Sets the handler of those of both signals that it takes; in the main thread, where Python handles signals."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    taken = {signum: now for signum, now in before.items() if takes(signum, now)}
+    for signum in taken:
+        signal.signal(signum, handler)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, now in taken.items():
+            signal.signal(signum, now)

@@ -176,7 +176,8 @@ def is_sampled(step: int, steps: int, num_tasks: int) -> bool:
 
 @dataclass
 class TaskRecord:
-    """How one task was trained. ``loss`` and ``drift`` are samples (step, value), evenly spaced; ``seconds`` wall time."""
+    """How one task was trained. ``loss`` and ``drift`` are samples (step, value), evenly spaced; ``seconds`` wall time;
+    ``skipped`` of the steps changed nothing, since a number was not finite."""
 
     index: int
     name: str = ""
@@ -185,6 +186,7 @@ class TaskRecord:
     seconds: float = 0.0
     loss: list[tuple[int, float]] = field(default_factory=list)
     drift: list[tuple[int, float]] = field(default_factory=list)
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; ``from_json`` reads it back."""

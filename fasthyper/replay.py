@@ -24,7 +24,7 @@ from fasthyper.environment import environment
 from fasthyper.errors import NonFiniteLossError
 from fasthyper.export import UNFIT, unfit, with_prefix
 from fasthyper.inference import BATCH
-from fasthyper.interrupt import deferred_interrupt
+from fasthyper.interrupt import deferred_interrupt, stopped_by
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import take_step
 from fasthyper.metrics import Results, TaskRecord, is_sampled, peak_memory
@@ -33,8 +33,8 @@ from fasthyper.replay_model import Decoders, ReplayModel
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches
 from fasthyper.streams.stream import check_scenario
-from fasthyper.trainer import Trainer, tests_of
-from fasthyper.training import optimizer_tensors, restore_optimizer
+from fasthyper.trainer import ON_NONFINITE, Trainer, spoiled, tests_of
+from fasthyper.training import optimizer_tensors, restore_optimizer, restore_rng, rng_tensors, total
 
 _Self = TypeVar("_Self", bound="_Method")
 
@@ -58,6 +58,7 @@ class _Learning:
     record: TaskRecord
     optimizer: torch.optim.Optimizer
     teacher: nn.Module | None
+    failed: int = 0  # last steps, in a row, that were not finite
 
 
 class _Method(ABC):
@@ -75,11 +76,15 @@ class _Method(ABC):
         replay_weight: float = 0.5,
         seed: int = 0,
         out: str | Path | None = None,
+        save_every: float = checkpoint.SAVE_EVERY,
+        on_nonfinite: str = "stop",
         name: str = "run",
         settings: dict[str, Any] | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
     ):
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
         if lr <= 0 or not 0 <= replay_weight <= 1 or seed < 0:
             raise ValueError("lr must be positive, replay_weight in 0..1, seed not negative")
         self.config: dict[str, Any] = {
@@ -96,8 +101,12 @@ class _Method(ABC):
         self.results = Results()
         self.net_records: list[TaskRecord] = []  # of the plain classifier
         self._now: _Learning | None = None
-        if self.out is not None:
-            checkpoint.claim(self.out)
+        self._rng: dict[str, Tensor] = {}
+        self.on_nonfinite = on_nonfinite
+        self._saver = checkpoint.Saver(self.out, save_every, self._contents)
+        for trainer in self._trainers().values():
+            if trainer.out is None:
+                trainer._saver = self._saver  # what is kept while a part trains is all of it
 
     @property
     def device(self) -> torch.device:
@@ -126,27 +135,23 @@ class _Method(ABC):
 
         Raises:
             ValueError: the task is not the next one, labels or sizes out of range.  NonFiniteLossError: as ``Trainer.fit``.
-            KeyboardInterrupt: after Ctrl-C, once the step is finished and, with ``out``, the state saved.
+            KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, as ``Trainer.fit``.
         """
         index = self.num_tasks
         if isinstance(task, Task) and task.index != index:
             raise ValueError(f"task {task.index} is not next: {index} tasks were trained so far, so task {index} is")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        try:
-            records = self._fit_parts(index, task, steps, batch_size)
-        except KeyboardInterrupt:
-            if self.out is not None:
-                self.save(self.out)
-            raise
+        restore_rng(self._rng, self.device)
+        self._rng = {}
+        records = self._fit_parts(index, task, steps, batch_size)
         drift = next((record.drift for record in records if record.drift), [])
         record = replace(records[0], seconds=sum(record.seconds for record in records), drift=drift)
         self.results.tasks.append(record)
         self.results.peak_memory = max(self.results.peak_memory, peak_memory())
         for logger in self.loggers:
             logger.on_task_end(record, self._total_steps())
-        if self.out is not None:
-            self.save(self.out)
+        self._saver.save()
         return record
 
     def evaluate(self, tasks: Any) -> list[float]:
@@ -167,8 +172,7 @@ class _Method(ABC):
         self.results.accuracy.setdefault(self.num_tasks - 1, {}).update(accuracies)
         for logger in self.loggers:
             logger.on_evaluate(self.num_tasks - 1, accuracies, self._total_steps())
-        if self.out is not None:
-            self.save(self.out)
+        self._saver.save()
         return list(accuracies.values())
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
@@ -181,6 +185,14 @@ class _Method(ABC):
         Raises:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
         """
+        checkpoint.save(Path(directory), *self._contents())
+
+    def flush(self) -> None:
+        """Waits until what was to be saved in ``out`` lies there; raises as ``Trainer.flush`` does."""
+        self._saver.flush()
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """What is saved: tensors, state and, for reports, results."""
         tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         state = {
             "method": self.config,
@@ -201,9 +213,9 @@ class _Method(ABC):
             "name": self.config["name"],
             "config": self.config["settings"] or self.config,
             "environment": environment(),
-            "results": self.results.to_json(),
+            "results": state["results"],
         }
-        checkpoint.save(Path(directory), tensors, state, summary)
+        return {**tensors, **(self._rng or rng_tensors(self.device))}, state, summary
 
     @classmethod
     def load(
@@ -214,15 +226,19 @@ class _Method(ABC):
         target: nn.Module | None = None,
         device: torch.device | str | None = None,
         out: str | Path | None = None,
+        save_every: float = checkpoint.SAVE_EVERY,
+        on_nonfinite: str = "stop",
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        **more: Any,
     ) -> _Self:
         """What ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
             directory: where ``save`` wrote.
             net, target: the plain classifier and the target of the label classifier, where they are not of ``fh.nets``.
-            device: where to train.  out, progress, loggers: as in the constructor.
+            device: where to train.  out, save_every, on_nonfinite, progress, loggers: as in the constructor.  more:
+                ``memory_budget`` and the like, of the trainers.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a network that does not fit.
@@ -236,12 +252,15 @@ class _Method(ABC):
                     target=None if name == "replay" else target,
                     device=device,
                     progress=progress,
+                    on_nonfinite=on_nonfinite,
+                    **more,
                 )
                 for name, trainer in cls.trainers.items()
             }
             net = net if net is not None else nets.build(state["net"])
             net.load_state_dict(with_prefix(tensors, "net."), assign=True)
-            options: dict[str, Any] = {**trainers, "out": out, "progress": progress, "loggers": loggers}
+            options: dict[str, Any] = {**trainers, "progress": progress, "loggers": loggers}
+            options |= {"out": out, "save_every": save_every, "on_nonfinite": on_nonfinite}
             method = cls(net=net, **state["method"], **options)
             method.results = Results.from_json(state["results"])
             method.net_records = [TaskRecord.from_json(record) for record in state["net_records"]]
@@ -252,6 +271,7 @@ class _Method(ABC):
                     now.teacher.load_state_dict(with_prefix(tensors, "teacher."))
         except UNFIT as error:
             raise unfit(Path(directory) / checkpoint.CHECKPOINT, error) from error
+        method._rng = {name: tensor for name, tensor in tensors.items() if name.startswith("rng.")}
         return method
 
     def _trainers(self) -> dict[str, Trainer]:
@@ -300,7 +320,7 @@ class _Method(ABC):
         if index:
             decoders, each = Decoders(self.replay, range(index)), -(-batches.batch_size // index)
         self.net.train()
-        clock = time.perf_counter()
+        clock, loss = time.perf_counter(), math.nan
         title = f"task {index + 1} classifier"
         with (
             deferred_interrupt() as interrupted,
@@ -311,15 +331,26 @@ class _Method(ABC):
                 if decoders is not None:
                     noise = self.replay.noise(index * each, self.seed, index, step)
                     images = decoders(noise.view(index, each, -1))
-                loss = self._step(now, *data.batch(batches.indices(step)), images)
+                try:
+                    loss, now.failed = self._step(now, *data.batch(batches.indices(step)), images), 0
+                except NonFiniteLossError as error:
+                    now.failed += 1
+                    if now.failed >= ON_NONFINITE[self.on_nonfinite]:
+                        self._saver.save()
+                        self._saver.flush()
+                        raise spoiled(error, self.out, batches.indices(step)) from error
+                    record.skipped += 1
                 before, clock = clock, time.perf_counter()
                 record.seconds += clock - before
                 record.steps, record.samples = step + 1, record.samples + batches.batch_size
-                if is_sampled(step, steps, self.replay.hnet.num_tasks):
+                if not now.failed and is_sampled(step, steps, self.replay.hnet.num_tasks):
                     record.loss.append((step, loss))
                 show(step + 1, loss, math.nan)
-                if interrupted():
-                    raise KeyboardInterrupt
+                if signum := interrupted():
+                    self._saver.save()
+                    self._saver.flush()
+                    raise stopped_by(signum)
+                self._saver.save_if_due()
         self.net_records.append(record)
         self._now = None
         return record
@@ -347,11 +378,11 @@ class _Method(ABC):
             replayed = logits[size:].unflatten(0, images.shape[:2])
         loss = self._loss(logits[:size], y, replayed, taught)
         grads = torch.autograd.grad(loss, parameters)
-        number = loss.item()
-        if not math.isfinite(number):
+        number, gradient = torch.stack([loss.detach(), total(grads)]).tolist()
+        if not math.isfinite(number + gradient):
+            what = f"gradient is {gradient}" if math.isfinite(number) else f"loss is {number}"
             raise NonFiniteLossError(
-                f"the classifier's loss is {number} at task {now.record.index}, step {now.record.steps}: "
-                "lower lr, or look at the data"
+                f"the classifier's {what} at task {now.record.index}, step {now.record.steps}: lower lr, or look at the data"
             )
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
@@ -386,8 +417,8 @@ class HnetR(_Method):
         classes: of a task.
         temperature: of the distillation.
         lr, replay_weight, seed: of the classifier; a new Adam for each task.
-        out: directory for a checkpoint after every task and evaluation and on Ctrl-C; ``None``: none is written.
-        name, settings, progress: as for ``Trainer``.  loggers: told of finished tasks and of evaluations.
+        out, save_every, on_nonfinite, name, settings, progress: as for ``Trainer``.
+        loggers: told of finished tasks and of evaluations.
 
     Raises:
         ValueError: an unknown scenario, or numbers out of range.
@@ -475,7 +506,7 @@ class HnetTIR(_Method):
         net: the task classifier, any module ``[B, ...]`` to ``[B, tasks]``; trained in place. See ``fh.nets.xavier_``.
         labels: trains the label classifier. Where tasks have output heads of their own, an example is right if both task
             and label are (CL3); where they share the outputs, if the label is (CL2).
-        lr, replay_weight, seed, out, name, settings, progress, loggers: as for ``HnetR``.
+        lr, replay_weight, seed, out, save_every, on_nonfinite, name, settings, progress, loggers: as for ``HnetR``.
 
     Raises:
         ValueError: numbers out of range, or parts on different devices.
@@ -486,8 +517,8 @@ class HnetTIR(_Method):
     def __init__(self, replay: ReplayModel, net: nn.Module, labels: Trainer, **options: Any):
         if labels.device != replay.device:
             raise ValueError(f"the label classifier is on {labels.device}, the replay model on {replay.device}")
-        super().__init__(replay, net, **options)
         self.labels = labels
+        super().__init__(replay, net, **options)
 
     @torch.no_grad()
     def infer_tasks(self, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,21 +15,21 @@ from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
 from fasthyper.environment import environment
-from fasthyper.errors import NonFiniteLossError
+from fasthyper.errors import FasthyperError, NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.inference import METHODS, accuracies_on, errors_on
-from fasthyper.interrupt import deferred_interrupt
+from fasthyper.interrupt import deferred_interrupt, stopped_by
 from fasthyper.loggers import Logger
 from fasthyper.lookahead import look_ahead, make_capturable, take_step
 from fasthyper.losses import LOSSES
 from fasthyper.metrics import Results, TaskRecord, is_sampled, peak_memory
 from fasthyper.progress import training_bar
-from fasthyper.regularizer import OutputRegularizer
+from fasthyper.regularizer import MEMORY_BUDGET, OutputRegularizer
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches, derived_seed, to_device
-from fasthyper.training import SCHEDULES, TaskInTraining
+from fasthyper.training import SCHEDULES, TaskInTraining, restore_rng, rng_tensors, total
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"fused": True}),
@@ -36,6 +37,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"fused": True}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
+ON_NONFINITE = {"stop": 1, "skip": 10}  # what is not finite in so many steps in a row ends the training
 _Self = TypeVar("_Self", bound="Trainer")
 
 
@@ -75,15 +77,21 @@ class Trainer:
             where the target puts another tensor in the place of a buffer; and, which is warned of, where it waits for the
             device or does something else that no graph can hold, as an LSTM of cuDNN does. Other Python code in its
             ``forward`` is not run again.
-        out: directory for a checkpoint after every task and on Ctrl-C; ``None``: none is written.
+        out: directory for a checkpoint after every task and evaluation, every ``save_every`` seconds in a task, and on
+            Ctrl-C and SIGTERM; ``None``: none is written. A thread of its own writes them, which ``flush`` and signals wait
+            for. The one before stays beside the newest, as ``previous.safetensors``.
+        save_every: seconds.
+        on_nonfinite: what a loss, drift or gradient that is NaN or infinite does: ``"stop"``, or ``"skip"``: that update is
+            left out and counted in the task's record, and the tenth in a row stops. Either way nothing has changed.
+        memory_budget: bytes that the snapshot of past tasks may take, as ``OutputRegularizer`` has it.
         name: of the run, in reports.
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
         progress: whether to show a bar.
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
 
     Raises:
-        ValueError: unknown optimizer, schedule or ``embedding_init``, a negative number where none can be, or ``graph=True``
-            elsewhere than on CUDA.
+        ValueError: unknown optimizer, schedule, ``on_nonfinite`` or ``embedding_init``, a negative number where none can be,
+            or ``graph=True`` elsewhere than on CUDA.
     """
 
     def __init__(
@@ -106,6 +114,9 @@ class Trainer:
         device: torch.device | str | None = None,
         graph: bool | None = None,
         out: str | Path | None = None,
+        save_every: float = checkpoint.SAVE_EVERY,
+        on_nonfinite: str = "stop",
+        memory_budget: int = MEMORY_BUDGET,
         name: str = "run",
         settings: dict[str, Any] | None = None,
         progress: bool = True,
@@ -119,6 +130,8 @@ class Trainer:
             raise ValueError(f"embedding_init must be 'normal', 'previous' or 'mean', got {embedding_init!r}")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
         if infer not in (None, *METHODS):
             raise ValueError(f"infer must be None or one of {', '.join(METHODS)}, got {infer!r}")
         if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
@@ -148,12 +161,13 @@ class Trainer:
         self.progress, self.loggers = progress, list(loggers)
         self.loss, self.infer = loss, infer
         self.results = Results(measure=LOSSES[loss].measure)
-        self.regularizer = OutputRegularizer(hnet)
+        self.regularizer = OutputRegularizer(hnet, memory_budget=memory_budget)
+        self.on_nonfinite = on_nonfinite
         self.graph = graph
         self._current: TaskInTraining | None = None
         self._runtime: Runtime | None = None
-        if self.out is not None:
-            checkpoint.claim(self.out)
+        self._rng: dict[str, Tensor] = {}  # of a checkpoint, until a task goes on from it
+        self._saver = checkpoint.Saver(self.out, save_every, self._contents)
 
     @property
     def device(self) -> torch.device:
@@ -176,31 +190,39 @@ class Trainer:
 
         Raises:
             ValueError: the task is not the next one, its labels are not for the loss, or sizes are below 1.  IndexError: the
-                hypernetwork has no embedding for it.  NonFiniteLossError: loss or drift became NaN or infinite; parameters
-                are those before that step.
+                hypernetwork has no embedding for it.  NonFiniteLossError: loss, drift or a gradient became NaN or infinite;
+                parameters are those before that step and, with ``out``, saved.
+            CheckpointError: an earlier state could not be written.  FasthyperError: a GPU is out of memory.
             KeyboardInterrupt: after Ctrl-C, once the step is finished and, with ``out``, the state saved.
+            SystemExit: the same after SIGTERM, with status 143.
         """
         index, name, data = self._next(task)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         batches = Batches(len(data), batch_size, seed=self.seed, task=index, device=self.device, choices=data.choices)
         title = f"task {index + 1}/{max(self.hnet.num_tasks, index + 1)}"
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted, _memory_named():
             start = self.begin_task(steps=steps, name=name)
             current = self._under_way()
-            with training_bar(title, start, steps, self.progress) as show:
-                for step in range(start, steps):
-                    batch, inputs = self._inputs(current, data, batches.indices(step))
-                    self._advance(current, batch, *inputs)
-                    show(step + 1, *current.latest)
-                    if interrupted():
-                        break
-                self._collect(wait=True)
-                show(current.steps, *current.latest)
-            if interrupted():
-                if self.out is not None:
-                    self.save(self.out)
-                raise KeyboardInterrupt
+            try:
+                with training_bar(title, start, steps, self.progress) as show:
+                    for step in range(start, steps):
+                        batch, inputs = self._inputs(current, data, batches.indices(step))
+                        self._advance(current, batch, *inputs)
+                        show(step + 1, *current.latest)
+                        if interrupted():
+                            break
+                        self._saver.save_if_due()
+                    self._collect(wait=True)
+                    show(current.steps, *current.latest)
+            except NonFiniteLossError as error:
+                self._saver.save()
+                self._saver.flush()
+                raise spoiled(error, self._saver.directory, batches.indices(current.record.steps)) from error
+            if signum := interrupted():
+                self._saver.save()
+                self._saver.flush()
+                raise stopped_by(signum)
         return self.end_task()
 
     def begin_task(self, *, steps: int, name: str = "") -> int:
@@ -225,6 +247,8 @@ class Trainer:
         if [p.shape for p in self.hnet.theta] != [p.shape for p in self.regularizer.theta0]:
             index = current.record.index
             raise ValueError(f"the hypernetwork has grown in the middle of task {index}; add tasks between tasks")
+        restore_rng(self._rng, self.device)
+        self._rng = {}
         current.planned, current.clock = steps, time.perf_counter()
         return current.record.steps
 
@@ -235,8 +259,10 @@ class Trainer:
             RuntimeError: no task was begun.  NonFiniteLossError: as in ``fit``.
         """
         current = self._under_way()
-        self._advance(current, _as_given, x, y)
-        self._collect(wait=True)
+        with _memory_named():
+            self._advance(current, _as_given, x, y)
+            self._collect(wait=True)
+        self._saver.save_if_due()
         return current.latest
 
     def end_task(self) -> TaskRecord:
@@ -254,8 +280,7 @@ class Trainer:
         self._current = None
         for logger in self.loggers:
             logger.on_task_end(record, self._total_steps())
-        if self.out is not None:
-            self.save(self.out)
+        self._saver.save()
         return record
 
     def forget(
@@ -302,8 +327,8 @@ class Trainer:
                         noise = derived_seed(self.seed, len(self.results.tasks), task, step)
                         curve.append(self._forgetting_step(task, optimizer, gamma, num_noises, noise))
                         show(step + 1, *curve[-1])
-                        if interrupted():
-                            raise KeyboardInterrupt
+                        if signum := interrupted():
+                            raise stopped_by(signum)
             except BaseException:
                 with torch.no_grad():
                     for p, before in zip(theta, self.regularizer.theta0, strict=True):
@@ -312,8 +337,7 @@ class Trainer:
             if self.hnet.statistics is not None:
                 self.hnet.statistics.reset(task)
             self.results.forgotten[task] = len(self.results.tasks) - 1
-            if self.out is not None:
-                self.save(self.out)
+            self._saver.save()
         return curve
 
     def evaluate(self, tasks: Any, *, infer: bool | str | None = None) -> list[float]:
@@ -352,8 +376,7 @@ class Trainer:
             for logger in self.loggers:
                 logger.measure = self.results.measure
                 logger.on_evaluate(trained, accuracies, self._total_steps())
-            if self.out is not None:
-                self.save(self.out)
+            self._saver.save()
         return list(accuracies.values())
 
     def save(self, directory: str | Path) -> None:
@@ -363,14 +386,26 @@ class Trainer:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
             NonFiniteLossError: found in steps whose numbers were not yet read.
         """
+        checkpoint.save(Path(directory), *self._contents())
+
+    def flush(self) -> None:
+        """Waits until what was to be saved in ``out`` lies there.
+
+        Raises:
+            CheckpointError: it could not be written; what was there before is unchanged.
+        """
+        self._saver.flush()
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """What is saved: tensors, state and, for reports, results."""
         tensors, state = self.state()
         summary = {
             "name": self.config["name"],
             "config": self.config["settings"] or {**self.hnet.config, **self.config},
             "environment": environment(),
-            "results": self.results.to_json(),
+            "results": state["results"],
         }
-        checkpoint.save(Path(directory), tensors, state, summary)
+        return {**tensors, **(self._rng or rng_tensors(self.device))}, state, summary
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``from_state`` needs to go on: tensors, and what is JSON-ready. Raises as ``save`` does for unread steps."""
@@ -401,23 +436,26 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        **more: Any,
     ) -> _Self:
         """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
             directory: where ``save`` wrote.
             target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
-            device, graph, out, progress, loggers: as in the constructor.
+            device, graph, out, progress, loggers: as in the constructor.  more: ``save_every`` and the like, as there.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
         """
         tensors, state = checkpoint.load(Path(directory))
-        options: dict[str, Any] = {"device": device, "graph": graph, "out": out, "progress": progress, "loggers": loggers}
+        options = {"device": device, "graph": graph, "out": out, "progress": progress, "loggers": loggers, **more}
         try:
-            return cls.from_state(tensors, state, target=target, **options)
+            trainer = cls.from_state(tensors, state, target=target, **options)
         except UNFIT as error:
             raise unfit(Path(directory) / checkpoint.CHECKPOINT, error) from error
+        trainer._rng = {name: tensor for name, tensor in tensors.items() if name.startswith("rng.")}
+        return trainer
 
     @classmethod
     def from_state(
@@ -482,7 +520,7 @@ class Trainer:
             p.grad = grad
         ahead = look_ahead(optimizer) if self.lookahead else [p.detach() for p in theta]
         drift, drift_grads, _ = self.regularizer.value_and_grad(ahead, tasks=self._sample(seed))
-        numbers = torch.stack([weights.detach().square().mean(), drift]).tolist()
+        numbers = torch.stack([weights.detach().square().mean(), drift, total(grads)]).tolist()
         if not all(map(math.isfinite, numbers)):
             raise NonFiniteLossError(f"weights or drift became infinite while task {task} was forgotten: lower lr or gamma")
         take_step(optimizer, drift_grads)
@@ -524,19 +562,28 @@ class Trainer:
         now.set_rates(self.config["schedule"])
         if graph is None or not now.steady:
             shared = self.hnet.target.shared()
-            self._note(now, *self._step(now, *batch(*inputs)), size)
+            try:
+                found = self._step(now, *batch(*inputs))
+            except NonFiniteLossError as error:
+                return self._skip(now, error, size)
+            self._note(now, *found, size)
             if graph is not None and not self._can_launch(now, shared):
                 now.graph = None
             now.steady = True
             return
 
-        def run(healthy: Tensor, *given: Tensor) -> Tensor:
+        def run(failed: Tensor, *given: Tensor) -> Tensor:
             def check(values: Tensor) -> Tensor:
-                return healthy.logical_and_(values.abs().max() < math.inf)
+                healthy = (values.abs().max() < math.inf).logical_and_(failed < ON_NONFINITE[self.on_nonfinite])
+                failed.add_(1).mul_(healthy.logical_not())
+                return healthy
 
             return self._update(now, *batch(*given[: len(inputs)]), *given[len(inputs) :], check=check)
 
-        tasks, depends_on = self._sampled_tasks(now), (batch, self.hnet.training, self.beta, self.lookahead)
+        tasks, depends_on = (
+            self._sampled_tasks(now),
+            (*(batch, self.hnet.training, self.beta, self.lookahead, self.on_nonfinite),),
+        )
         obstacle = graph.launch(depends_on, run, inputs if tasks is None else (*inputs, tasks))
         now.unread.append((size, self._has_drift(now)))
         self._collect(wait=obstacle is not None)
@@ -560,7 +607,12 @@ class Trainer:
         for numbers in now.graph.read(wait):
             size, has_drift = now.unread[0]
             try:
-                loss, drift = self._finite(numbers if has_drift else numbers[:1], now.record)
+                try:
+                    loss, drift = self._finite(numbers if has_drift else numbers[:2], now.record)
+                except NonFiniteLossError as error:
+                    self._skip(now, error, size)
+                    now.unread.popleft()
+                    continue
             except NonFiniteLossError:
                 now.unread.clear()
                 now.graph.restart()
@@ -571,7 +623,7 @@ class Trainer:
     def _note(self, now: TaskInTraining, loss: float, drift: float, size: int) -> None:
         """A step on ``size`` examples was taken: keeps what is to be kept of it, and tells the loggers."""
         record, step, clock = now.record, now.record.steps, time.perf_counter()
-        now.latest = loss, drift
+        now.latest, now.failed = (loss, drift), 0
         record.steps, record.samples = step + 1, record.samples + size
         record.seconds, now.clock = record.seconds + clock - now.clock, clock
         if is_sampled(step, now.planned, self.hnet.num_tasks):
@@ -581,6 +633,15 @@ class Trainer:
         for logger in self.loggers:
             if step % logger.every == 0:
                 logger.on_step(record.index, step, now.before + record.steps, loss, drift)
+
+    def _skip(self, now: TaskInTraining, error: NonFiniteLossError, size: int) -> None:
+        """Counts a step that changed nothing; raises its error where that is one too many."""
+        now.failed += 1
+        if now.failed >= ON_NONFINITE[self.on_nonfinite]:
+            now.failed = 0
+            raise error
+        now.record.steps, now.record.samples = now.record.steps + 1, now.record.samples + size
+        now.record.skipped += 1
 
     def _step(self, now: TaskInTraining, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One update; returns the task loss and the drift (NaN without one) before it, the step's one read."""
@@ -601,10 +662,10 @@ class Trainer:
         *,
         check: Callable[[Tensor], Tensor | None],
     ) -> Tensor:
-        """One update; returns task loss and, if there is one, drift before it, ``[1 or 2]``.
+        """One update; returns task loss, a number that is finite where its gradient is, and the drift, if there is one.
 
-        ``check`` sees them before anything has changed but batch-norm statistics. It raises, or returns a flag on the
-        device: where that is false nothing changes. ``tasks``: past ones for the drift; ``None``: all.
+        ``check`` sees them, ``[2 or 3]``, before anything has changed but batch-norm statistics. It raises, or returns a
+        flag on the device: where that is false nothing changes. ``tasks``: past ones for the drift; ``None``: all.
         """
         parameters, statistics = [*now.held, *now.free], self.hnet.statistics
         rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
@@ -613,7 +674,7 @@ class Trainer:
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        values: list[Tensor] = [loss.detach()]
+        values: list[Tensor] = [loss.detach(), total(grads)]  # gradients of a finite drift are finite
         drift_grads: list[Tensor] = []
         if self._has_drift(now):
             ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
@@ -671,15 +732,13 @@ class Trainer:
         return value, grads
 
     def _finite(self, numbers: Sequence[float], record: TaskRecord) -> tuple[float, float]:
-        """Loss and drift, NaN where there is none; raises where one that is there is not finite."""
-        for what, number in zip(("loss", "drift"), numbers, strict=False):
+        """Loss and drift, NaN where there is none, of what ``_update`` returns; raises where a number is not finite."""
+        for what, number in zip(("loss", "gradient", "drift"), numbers, strict=False):
             if not math.isfinite(number):
-                kept = f"; the last checkpoint in {self.out} is untouched" if self.out else ""
                 raise NonFiniteLossError(
-                    f"{what} is {number} at task {record.index}, step {record.steps}: "
-                    f"lower lr or beta, or look at the data{kept}"
+                    f"{what} is {number} at task {record.index}, step {record.steps}: lower lr or beta, or look at the data"
                 )
-        return numbers[0], numbers[1] if len(numbers) > 1 else math.nan
+        return numbers[0], numbers[2] if len(numbers) > 2 else math.nan
 
 
 def tests_of(tasks: Any) -> dict[int, TaskData]:
@@ -689,6 +748,27 @@ def tests_of(tasks: Any) -> dict[int, TaskData]:
         index, data = (task.index, task.test) if isinstance(task, Task) else (position, as_task_data(task))
         named[index] = data
     return named
+
+
+def spoiled(error: NonFiniteLossError, directory: Path | None, indices: Tensor) -> NonFiniteLossError:
+    """The error with the batch of its step, and where the state before it is saved."""
+    kept = f"; the state before it is saved in {directory}" if directory else ""
+    found = NonFiniteLossError(f"{error}{kept}; its batch: {indices.tolist()}")
+    found.indices = indices.tolist()
+    return found
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Says in one line what to do where a GPU is out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = " ".join(str(error).split()).split(". ")[0]
+        raise FasthyperError(
+            f"{what}: let the snapshot of past tasks take less (memory_budget, --memory-budget 0), "
+            "or hold a few of them in each step (reg_tasks, --reg-tasks 10)"
+        ) from error
 
 
 def _as_given(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

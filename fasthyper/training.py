@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class TaskInTraining:
         self.graph: StepGraph | None = None
         self.steady = False  # a first step has made the optimizers' state
         self.unread: deque[tuple[int, bool]] = deque()  # of each step launched: how many examples, whether it has a drift
+        self.failed = 0  # last steps, in a row, that were not finite
 
     @property
     def steps(self) -> int:
@@ -75,6 +76,26 @@ class TaskInTraining:
         self.record = record
         for which, optimizer in self._optimizers().items():
             restore_optimizer(optimizer, with_prefix(tensors, f"optimizer.{which}."))
+
+
+def total(grads: Sequence[Tensor]) -> Tensor:
+    """A number ``[]`` that is finite where all of them are, in one pass and without a read from the device."""
+    parts = torch._foreach_norm(list(grads), math.inf) if grads[0].is_cuda else [grad.sum() for grad in grads]
+    return torch.stack([part.to(grads[0].dtype) for part in parts]).sum()
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators, from which dropout draws, named ``rng.DEVICE``."""
+    there = {"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"rng.cpu": torch.get_rng_state(), **there}
+
+
+def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Takes over what ``rng_tensors`` gave, if anything, but of a device that is no longer used."""
+    if "rng.cpu" in tensors:
+        torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -165,7 +165,8 @@ def test_damaged_data_is_named(tmp_path, capsys):
     one_line(capsys, "is not the right file", "SHA-256")
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_the_same_command_goes_on(tmp_path, signum):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "fasthyper", "run", "permuted-digits", "--out", str(tmp_path / "run"), *SMALL]
     command[command.index("12")], command[command.index("2")] = "500", "20"
@@ -183,16 +184,35 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     checkpoint, until = tmp_path / "run" / "checkpoint.safetensors", time.monotonic() + 240
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)  # until the first task of twenty is kept
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, errors
-    assert "interrupted; state saved in" in errors and "the same command goes on" in errors
+    assert process.returncode == 128 + signum, errors
+    what = "interrupted" if signum == signal.SIGINT else "terminated"
+    assert f"{what}; state saved in" in errors and "the same command goes on" in errors
     assert checkpoint.exists()
     process = start()
     process.stdout.readline()
     assert "going on in" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=240)
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_is_offered(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
+    (out / "checkpoint.safetensors").write_bytes(b"not it")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "is damaged" in errors[1] and f"`mv {out}/previous.safetensors" in errors[1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "checkpoint.safetensors").unlink()  # neither does a run begin anew over it
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    (out / "previous.safetensors").rename(out / "checkpoint.safetensors")
+    assert cli("run", "permuted-digits", "--out", out, "--json", *SMALL) == 0
 
 
 def test_run_logs_into_its_directory(tmp_path, capsys, monkeypatch):

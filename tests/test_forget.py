@@ -164,6 +164,7 @@ def test_a_task_is_forgotten_and_the_others_are_not(tmp_path):
 @pytest.mark.parametrize("how", ["interrupt", "infinite"])
 def test_forgetting_that_fails_changes_nothing(how, foreground, monkeypatch, tmp_path):
     trainer = trained(out=tmp_path)
+    trainer.flush()
     before, saved = copy.deepcopy(trainer.hnet.state_dict()), (tmp_path / "checkpoint.safetensors").read_bytes()
     step, taken = trainer._forgetting_step, []
 

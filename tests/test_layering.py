@@ -81,8 +81,8 @@ ALLOWED = {
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
     "cli": {
-        *("bench", "checkpoint", "environment", "errors", "export", "inference", "loggers", "metrics", "recipes", "report"),
-        *("streams", "sweep"),
+        *("bench", "checkpoint", "environment", "errors", "export", "inference", "interrupt", "loggers", "metrics"),
+        *("planner", "recipes", "report", "streams", "sweep", "trainer"),
     },
     "__main__": {"cli"},
 }

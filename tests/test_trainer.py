@@ -288,12 +288,15 @@ def test_stops_at_a_loss_that_is_not_finite_and_keeps_parameters(tmp_path):
     inputs, labels = torch.randn(32, 6), torch.arange(32) % 4
     trainer = fh.Trainer(toy_hnet(2, dtype=torch.float32), out=tmp_path, progress=False)
     trainer.fit((inputs, labels), steps=3, batch_size=8)
-    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
     inputs[5] = math.nan
-    with pytest.raises(fh.NonFiniteLossError, match=r"loss is nan at task 1, step \d+: lower lr"):
+    with pytest.raises(fh.NonFiniteLossError, match=r"loss is nan at task 1, step \d+: lower lr") as caught:
         trainer.fit((inputs, labels), steps=8, batch_size=8)
     assert all(p.isfinite().all() for p in trainer.hnet.parameters())
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+    assert f"the state before it is saved in {tmp_path}; its batch: {caught.value.indices}" in str(caught.value)
+    assert 5 in caught.value.indices and len(caught.value.indices) == 8
+    saved = fh.Trainer.load(tmp_path, progress=False)
+    assert saved.current_step == trainer.current_step and len(saved.results.tasks) == 1
+    assert all(torch.equal(a, b) for a, b in zip(saved.hnet.parameters(), trainer.hnet.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("what", ["loss", "drift"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.interrupt import deferred_interrupt
+from fasthyper.interrupt import deferred_interrupt, stopped_by
 from fasthyper.lookahead import look_ahead
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams.adapters import read
@@ -184,10 +184,10 @@ class HypernetStrategy(SupervisedTemplate):
                     loss, _ = self.trainer.step(self.mb_x, self.mb_y)
                     self.loss = torch.tensor(loss, device=self.device)
                     self._after_training_iteration(**kwargs)
-                if interrupted():
+                if signum := interrupted():
                     if self.trainer.out is not None:
                         self.trainer.save(self.trainer.out)
-                    raise KeyboardInterrupt
+                    raise stopped_by(signum)
         finally:
             keep_outputs.remove()
 

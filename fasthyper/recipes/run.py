@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fasthyper import nets, streams
-from fasthyper.checkpoint import CHECKPOINT, SAMPLES, claim, read_results, write
+from fasthyper.checkpoint import SAMPLES, claim, holds_run, read_results, write
 from fasthyper.errors import CheckpointError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
@@ -67,11 +67,13 @@ def run(
     log: Callable[[str], None] = print,
     loggers: Callable[[], Sequence[Logger]] = list,
     device: str | None = None,
+    **options: Any,
 ) -> Runner:
     """Trains ``recipe`` into ``out``, or goes on with it; evaluates the tasks so far after each one.
 
     ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end. ``device``: where
-    to train; ``None``: on a GPU, if there is one.
+    to train; ``None``: on a GPU, if there is one. ``options``: ``save_every``, ``on_nonfinite`` and ``memory_budget`` of
+    ``Trainer``, which a run may be gone on with otherwise.
 
     Raises:
         ValueError: a setting that cannot be.  DataError: the data cannot be had.
@@ -85,11 +87,11 @@ def run(
         fetch(recipe.base, recipe.data_dir, log)  # a first download takes a while, and says what it does
     stream = STREAMS[recipe.stream](recipe)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    runner = _resumed(recipe, out, progress, device) or _new(recipe, stream, out, progress, device)
+    runner = _resumed(recipe, out, progress, device, options) or _new(recipe, stream, out, progress, device, options)
     done = len(runner.results.tasks)
     if done == len(stream):
         log(f"{out} holds all {done} tasks already; nothing to train")
-    elif (out / CHECKPOINT).exists():
+    elif holds_run(out):
         into = f", {runner.current_step} steps into the next" if isinstance(runner, Trainer) else ""
         log(f"going on in {out}: {done} of {len(stream)} tasks are done{into}")
     runner.loggers = list(loggers()) if done < len(stream) else []
@@ -103,6 +105,7 @@ def run(
             measure = MEASURES[runner.results.measure]
             mean = f", mean over {len(found)} tasks {measure.text(sum(found) / len(found))}" if len(found) > 1 else ""
             log(f"    {runner.results.measure} {measure.text(found[-1])}{mean}")
+        runner.flush()
     finally:
         for logger in runner.loggers:
             logger.close()
@@ -154,11 +157,11 @@ def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
     return stream[:done] if done % recipe.evaluate_every == 0 or done == len(stream) else stream[done - 1 : done]
 
 
-def _resumed(recipe: Recipe, out: Path, progress: bool, device: str) -> Runner | None:
+def _resumed(recipe: Recipe, out: Path, progress: bool, device: str, options: dict[str, Any]) -> Runner | None:
     """What ``out`` holds, if it holds anything: a run of the same settings."""
-    if not (out / CHECKPOINT).exists():
+    if not holds_run(out):
         return None
-    runner: Runner = class_of(recipe).load(out, out=out, progress=progress, device=device)
+    runner: Runner = class_of(recipe).load(out, out=out, progress=progress, device=device, **options)
     found = runner.config["settings"] or {}
     other = [f"{k} is {found.get(k)} there, {new} here" for k, new in settings(recipe).items() if found.get(k) != new]
     if other:
@@ -178,9 +181,13 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
 
 
-def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool, device: str) -> Runner:
+def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool, device: str, options: dict[str, Any]) -> Runner:
     num_inputs, num_classes = stream[0].train.shape[1:].numel(), stream[0].num_classes
-    common: dict[str, Any] = {"name": recipe.name, "settings": settings(recipe), "progress": progress, "out": out}
+    common: dict[str, Any] = {"name": recipe.name, "settings": settings(recipe), "progress": progress, "out": out, **options}
+    of_part: dict[str, Any] = {
+        "progress": progress,
+        **{key: options[key] for key in ("on_nonfinite", "memory_budget") if key in options},
+    }
     alone = class_of(recipe) is Trainer
     if class_of(recipe) is not HnetR:
         trainer = Trainer(
@@ -189,12 +196,14 @@ def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool, devi
             infer=recipe.method if alone and recipe.scenario != "task" else None,
             optimizer_options={"betas": (recipe.adam_beta1, 0.999)} if recipe.adam_beta1 != 0.9 else None,
             **{key: getattr(recipe, key) for key in TRAINER},
-            **(common if alone else {"progress": progress}),
+            **(common if alone else of_part),
         )
     if alone:
         return trainer
-    options: dict[str, Any] = {"lr": recipe.lr, "seed": recipe.seed, "progress": progress, "device": device}
-    replay = ReplayModel(build_replay(recipe, num_inputs), beta=recipe.replay_beta, **options)
+    common.pop("memory_budget", None)
+    replay = ReplayModel(
+        build_replay(recipe, num_inputs), beta=recipe.replay_beta, lr=recipe.lr, seed=recipe.seed, device=device, **of_part
+    )
     if class_of(recipe) is HnetTIR:
         net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, recipe.num_tasks), recipe.seed)
         return HnetTIR(replay, net, trainer, lr=recipe.lr, seed=recipe.seed, **common)
