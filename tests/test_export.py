@@ -162,11 +162,12 @@ def header_of(path):
 
 
 def rewrite(path, tensors=None, **state):
-    """The same file with other contents, its digest left out, as one might write who wants to be believed."""
+    """The same file with other contents and their digest, as one might write who wants to be believed."""
     header = header_of(path)
     header["state"] = json.dumps({**json.loads(header["state"]), **state})
-    header.pop("sha256")
-    save_file({**load_file(path), **(tensors or {})}, path, metadata=header)
+    tensors = {**load_file(path), **(tensors or {})}
+    header["sha256"] = fh.checkpoint._digest(tensors, header["state"])
+    save_file(tensors, path, metadata=header)
 
 
 def one_line(path, match):

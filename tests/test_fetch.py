@@ -296,24 +296,24 @@ def deb(tmp_path, monkeypatch):
 
 
 def test_fetch_from_debian(deb, home, monkeypatch):
-    read = partial(from_debian, "some=1.0", deb, "usr/share/data")
+    read = partial(from_debian, "some=1.0", deb)
     monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
     fetch("mnist")
     assert held(home) == CONTENTS
 
 
 @pytest.mark.parametrize(
-    ("package", "sha256", "folder", "words"),
+    ("package", "sha256", "file", "words"),
     [
-        ("some=1.0", "0" * 64, "usr/share/data", r"some_1\.0_all\.deb has SHA-256 .*, expected 000000000000"),
-        ("some=2.0", None, "usr/share/data", "debian: E: Unable to locate package"),
-        ("some=1.0", None, "usr/share/none", r"usr/share/none/part0\.gz' not found"),
+        ("some=1.0", "0" * 64, "part0.gz", r"some_1\.0_all\.deb has SHA-256 .*, expected 000000000000"),
+        ("some=2.0", None, "part0.gz", "debian: E: Unable to locate package"),
+        ("some=1.0", None, "part9.gz", r"some_1\.0_all\.deb does not hold part9\.gz"),
     ],
     ids=["other hash", "gone", "other contents"],
 )
-def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, package, sha256, folder, words):
-    read = partial(from_debian, package, sha256 or deb, folder)
-    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
+def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, package, sha256, file, words):
+    read = partial(from_debian, package, sha256 or deb)
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset({file: HASHES["part0.gz"]}, {"debian": read}))
     with pytest.raises(DataError, match=words) as caught:
         fetch("mnist")
     assert "\n" not in str(caught.value) and not home.exists()
@@ -321,7 +321,7 @@ def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, packa
 
 def test_fetch_from_debian_where_there_is_no_apt(home, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    read = partial(from_debian, "some=1.0", "0" * 64, "usr/share/data")
+    read = partial(from_debian, "some=1.0", "0" * 64)
     monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
     with pytest.raises(DataError, match="No such file or directory: 'apt-get'"):
         fetch("mnist")

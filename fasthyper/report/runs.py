@@ -66,7 +66,7 @@ class Run:
             return None
         words = ["fasthyper", "run", self.name, "--out", self.directory.resolve().name]
         for key, value in self.config.items():
-            if plain(value) != plain(recipe[key]):
+            if key not in ("about", "source") and plain(value) != plain(recipe[key]):
                 words += [f"--{key.replace('_', '-')}", plain(value)]
         return shlex.join(words)
 
