@@ -35,9 +35,9 @@ def claim(directory: Path, name: str | None = None) -> None:
         if not (directory / RESULTS).exists() and not (directory / CHECKPOINT).exists():
             raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
         if name is not None and (directory / RESULTS).exists():
-            found = read_results(directory)["name"]
+            found = read_results(directory).get("name")
             if found != name:
-                raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
+                raise CheckpointError(f"{directory} holds a run of {found!r:.100}, not of {name!r}; name another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

@@ -313,7 +313,7 @@ class Results:
         accuracy = {int(i): {int(j): _number(x) for j, x in row.items()} for i, row in data["accuracy"].items()}
         measure = data.get("measure", "accuracy")  # runs of before there were others have none
         if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
+            raise ValueError(f"unknown measure {measure!r:.100}; choose from {', '.join(MEASURES)}")
         forgotten = {int(task): _integer(last) for task, last in data.get("forgotten", {}).items()}
         baseline = None if data.get("baseline") is None else [_number(x) for x in data["baseline"]]
         return cls(tasks, accuracy, _integer(data["peak_memory"]), measure, forgotten, baseline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import reprlib
 import sys
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from fasthyper.errors import RecipeError
 from fasthyper.recipes.catalogue import RECIPES
 from fasthyper.recipes.recipe import Recipe
 
-LARGEST = 1 << 14  # bytes of a file; all settings there are take a tenth of it
+LARGEST = 1 << 13  # bytes of a file; all settings there are take a quarter of it
 HINTS = typing.get_type_hints(Recipe)
 
 
@@ -40,13 +41,15 @@ def read(path: Path) -> Recipe:
         raise RecipeError(f"cannot read {path} ({_line(why)}): it should hold lines such as `beta = 0.01`") from error
     base = found.pop("recipe", None)
     if base is not None and base not in list(RECIPES):
-        raise RecipeError(f"{path}: unknown recipe {_line(repr(base))}; {nearest(str(base), RECIPES)}")
+        raise RecipeError(f"{path}: unknown recipe {_line(reprlib.repr(base))}; {nearest(reprlib.repr(base), RECIPES)}")
     known = dataclasses.asdict(RECIPES[base]) if base is not None else {"about": str(path), "source": ""}
     optional = {key for key, hint in HINTS.items() if type(None) in typing.get_args(hint)}
     changed = {key: None if value == "none" and key in optional else value for key, value in found.items()}
     recipe = of(str(path), {**known, "name": path.stem, "published": "", **changed})
     if not re.fullmatch(r"\w[\w.-]*", recipe.name):  # runs/NAME is where it is trained
-        raise RecipeError(f"{path}: name must be of letters, digits, `-`, `_` and `.`, got {_line(repr(recipe.name))}")
+        raise RecipeError(
+            f"{path}: name must be of letters, digits, `-`, `_` and `.`, got {_line(reprlib.repr(recipe.name))}"
+        )
     return recipe
 
 
@@ -59,7 +62,7 @@ def of(where: str, values: Mapping[str, Any]) -> Recipe:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in HINTS:
-            raise RecipeError(f"{where}: unknown setting {_line(repr(key))}; {nearest(key, HINTS)}")
+            raise RecipeError(f"{where}: unknown setting {_line(reprlib.repr(key))}; {nearest(key, HINTS)}")
         options = typing.get_args(HINTS[key])
         if value is None and type(None) in options:
             checked[key] = None
@@ -73,7 +76,7 @@ def of(where: str, values: Mapping[str, Any]) -> Recipe:
             checked[key] = value
         else:
             wanted = "a list of integers" if typing.get_origin(kind) is tuple else f"of type {kind.__name__}"
-            raise RecipeError(f"{where}: {key} must be {wanted}, got {_line(repr(value))}")
+            raise RecipeError(f"{where}: {key} must be {wanted}, got {_line(reprlib.repr(value))}")
     return Recipe(**checked)
 
 
