@@ -94,8 +94,8 @@ def fill(module: nn.Module, leave: Container[str]) -> None:
 
 def unfit(path: Path, error: Exception) -> CheckpointError:
     """One line for what kept ``rebuild`` from its work."""
-    what = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-    return CheckpointError(f"{path} does not fit: {what}")
+    what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return CheckpointError(f"{path} does not fit: {' '.join(what.split())[:300]}")
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
