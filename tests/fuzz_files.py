@@ -621,7 +621,7 @@ def main() -> int:
     args = parser.parse_args()
     faulthandler.enable()
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp())
+    folder, facts = Path(tempfile.mkdtemp()), environment()
     everything = readers(folder)
     chosen = args.readers.split(",") if args.readers else list(everything)
     wrong = 0
@@ -635,8 +635,8 @@ def main() -> int:
                 print(f"  input {failure['input']}: {failure['wrong']}")
             if args.out is not None:
                 kept = json.loads(args.out.read_text()) if args.out.exists() else {"readers": {}}
-                entry = {"seed": args.seed, "first": args.first, "commit": environment()["commit"], **found}
-                kept["environment"], kept["readers"][name] = environment(), entry
+                kept["environment"] = facts
+                kept["readers"][name] = {"seed": args.seed, "first": args.first, "commit": facts["commit"], **found}
                 kept["inputs"] = sum(own["inputs"] for own in kept["readers"].values())
                 args.out.write_text(json.dumps(kept, indent=1) + "\n")
     finally:
