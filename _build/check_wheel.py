@@ -64,8 +64,9 @@ def built(folder: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def tried(wheel: Path, folder: Path) -> tuple[str, str]:
-    """What serves the CPU and which torch is there, in an environment with the wheel and its dependencies alone."""
+def tried(wheel: Path, folder: Path) -> dict[str, object]:
+    """What serves the CPU, which torch is there, and how many packages each extra would add, in an environment with the wheel
+    and its dependencies alone."""
     run(sys.executable, "-m", "venv", folder / "venv")
     env = {"PATH": str(folder / "venv" / "bin"), "HOME": str(folder), "FASTHYPER_BACKEND": "auto"}
     env |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "OMP_"))}
@@ -81,7 +82,16 @@ def tried(wheel: Path, folder: Path) -> tuple[str, str]:
         run(folder / "venv" / "bin" / "fasthyper", *arguments, env=env, cwd=place)
     after = run(folder / "venv" / "bin" / "python", "-c", "import torch; print(torch.__version__)", env=env)
     check({after}, {before}, "torch")
-    return served, after
+    extras = {}
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    for extra in (line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra: ")):
+        report = run(*pip, "--dry-run", "--report", "-", f"{wheel}[{extra}]", env=env)
+        added = {entry["metadata"]["name"].lower() for entry in json.loads(report)["install"]}
+        check({name for name in added if name == "torch" or name.startswith("nvidia-")}, set(), f"fasthyper[{extra}]")
+        extras[extra] = len(added - {"fasthyper"})
+    return {"served by": served, "torch": after, "packages that extras add": extras}
 
 
 def main() -> None:
@@ -95,9 +105,9 @@ def main() -> None:
     meta = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE", "licenses/THIRD_PARTY.md"}
     compiled = {name for name in names if name == "fasthyper/_C.abi3.so"}
     check(names, sources() | compiled | {f"{info}/{name}" for name in meta}, wheel.name)
-    served, torch = tried(wheel, folder)
-    result = {"wheel": wheel.name, "bytes": wheel.stat().st_size, "files": len(names), "sdist": sdist.name, "served by": served}
-    result |= {"torch": torch, "python": platform.python_version(), "commit": run("git", "rev-parse", "HEAD", cwd=ROOT)[:12]}
+    result = {"wheel": wheel.name, "bytes": wheel.stat().st_size, "files": len(names), "sdist": sdist.name}
+    result |= {"python": platform.python_version(), "commit": run("git", "rev-parse", "HEAD", cwd=ROOT)[:12]}
+    result |= tried(wheel, folder)
     print(json.dumps(result, indent=1))
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n")
