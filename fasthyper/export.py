@@ -53,7 +53,7 @@ def rebuild(tensors: dict[str, Tensor], state: dict[str, Any], target: nn.Module
     num_tasks = sum(name.startswith("task_embeddings.") for name in tensors)
     per_task, init = config.get("outputs_per_task"), config.pop("init", "xavier")  # how it began matters no more
     widest = max(max(parameter.shape, default=0) for parameter in target.parameters())
-    if init not in INITS or (per_task is not None and widest > MOST_HEADS * per_task):
+    if init not in INITS or (per_task is not None and widest // per_task > MOST_HEADS):
         raise ValueError(f"it has an unknown init {init!r}, or more than {MOST_HEADS} output heads")
     with torch.device("meta"):  # what does not fit is told before it takes memory
         unfilled = ChunkedHypernet(target, num_tasks, **config)

@@ -234,7 +234,7 @@ def from_zip(path: Path, folder: str, files: Iterable[str]) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as archive:
             members = {file: archive.getinfo(f"{folder}/{file}") for file in files}
             for file, member in members.items():
-                if member.file_size > LARGEST:
+                if member.file_size > LARGEST or member.compress_size > path.stat().st_size:
                     raise DataError(f"{path}: {file} has {member.file_size} bytes, too many for what it should be")
             return {file: archive.read(member) for file, member in members.items()}
     except (*BAD_ARCHIVE, zipfile.BadZipFile) as error:
