@@ -12,7 +12,7 @@ NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift prec
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
 # what no backend changes
-ONCE := report_in_browser cuda_compiles cuda_emulated kernels_compile
+ONCE := fuzz_files report_in_browser cuda_compiles cuda_emulated kernels_compile
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
 # exact versions and hashes of what .dev installs beside torch, for this Python and platform; others go by constraints.txt

@@ -16,7 +16,7 @@ from fasthyper.init import INITS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 UNFIT = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
-MOST_HEADS = 1 << 16  # of a target; each is a few Python objects, which a file of a few bytes could ask for without end
+MOST_HEADS = 1 << 14  # of a target; each is a few Python objects, which a file of a few bytes could ask for without end
 
 
 def load(path: str | Path, target: nn.Module | None = None) -> ChunkedHypernet:
