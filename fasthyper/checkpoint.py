@@ -158,7 +158,7 @@ def read_results(directory: Path) -> dict[str, Any]:
     """
     path = directory / RESULTS
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes().decode())
         if content.get("format") != RESULTS_FORMAT:
             raise CheckpointError(f"{path} is not a {RESULTS_FORMAT} file")
         return content

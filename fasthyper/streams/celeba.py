@@ -113,7 +113,7 @@ def read_split(path: Path, num_examples: int) -> dict[str, Examples]:
         DataError: unreadable, damaged, or not the split with ``num_examples`` images of 93 users.
     """
     try:
-        data: Any = json.loads(path.read_bytes())
+        data: Any = json.loads(path.read_bytes().decode())
         users = {str(user): _examples(data["user_data"][user]) for user in data["users"]}
         counts = [len(labels) for _, labels in users.values()]
         if len(users) != USERS or counts != data["num_samples"] or sum(counts) != num_examples:
