@@ -1,4 +1,5 @@
 # make demo: train ten tasks and write a report.   make test: everything that CI checks.   make sanitize: checked C++.
+# make wheel: build and try what others install.   make lock: resolve what the development environment holds anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,10 +12,14 @@ NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift prec
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
 # what no backend changes
-ONCE := report_in_browser cuda_compiles cuda_emulated kernels_compile
+ONCE := fuzz_files report_in_browser cuda_compiles cuda_emulated kernels_compile
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
-.PHONY: demo test lint types cpp reference triton pure cuda sanitize bench readme clean
+# exact versions and hashes of what .dev installs beside torch, for this Python and platform; others go by constraints.txt
+TAG := $(shell $(PYTHON) -c 'import sys, sysconfig; print("cp%d%d-" % sys.version_info[:2] + sysconfig.get_platform())')
+LOCK := $(wildcard lock/$(TAG).txt)
+
+.PHONY: demo test lint types cpp reference triton pure cuda sanitize wheel lock fuzz bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
@@ -62,6 +67,22 @@ sanitize: $(VENV)/.dev
 	(cd build && python -c 'import fasthyper; assert "build/sanitize" in fasthyper.__file__, fasthyper.__file__') && \
 	pytest --capture=sys -k 'not reference-' $(SANITIZED:%=tests/test_%.py)
 
+# source archive, wheel from it, and a trial where only torch is and no compiler
+wheel: $(VENV)/.dev
+	FASTHYPER_BUILD=cpu $(BIN)/python _build/check_wheel.py build/dist bench/results/wheel.json
+
+# after a change of constraints.txt or of an extra
+lock: $(VENV)/.torch
+	mkdir -p lock build
+	FASTHYPER_BUILD=none $(PIP) install -q --dry-run --ignore-installed --report build/report.json -c constraints.txt --no-build-isolation '.[dev]' setuptools ninja
+	$(BIN)/python _build/lock.py build/report.json > lock/$(TAG).txt
+	$(MAKE) $(VENV)/.dev && $(BIN)/python _build/third_party.py > THIRD_PARTY.md
+
+# mutated files through every reader, minutes; a test runs a few
+fuzz: $(VENV)/.dev
+	rm -f bench/results/fuzz_files.json
+	python -W ignore tests/fuzz_files.py --count 100000 --seed 1 --out bench/results/fuzz_files.json
+
 bench: $(VENV)/.dev
 	pytest bench --benchmark-json=bench/results/cpu.json
 	python bench/precision.py
@@ -85,7 +106,8 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[plot,digits]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch $(BUILD)
+$(VENV)/.dev: $(VENV)/.torch $(BUILD) $(LOCK)
+	$(if $(LOCK),$(PIP) install -q --require-hashes --no-deps -r $(LOCK))
 	FASTHYPER_BUILD=cpu $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

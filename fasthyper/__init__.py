@@ -12,7 +12,7 @@ from fasthyper.version import __version__  # isort: skip  (checks torch before a
 from fasthyper import loggers, metrics, nets, ops, streams
 from fasthyper._backend import backends
 from fasthyper.compat.convert import from_hypercl, from_hypnettorch, to_hypercl, to_hypnettorch
-from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError
+from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError, RecipeError
 from fasthyper.export import load
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.inference import infer_tasks
@@ -33,6 +33,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteLossError",
     "OutputRegularizer",
+    "RecipeError",
     "ReplayModel",
     "Results",
     "Trainer",

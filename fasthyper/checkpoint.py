@@ -27,6 +27,7 @@ CHECKPOINT, RESULTS, SAMPLES = "checkpoint.safetensors", "results.json", "sample
 PREVIOUS = "previous.safetensors"  # the checkpoint before
 SAVE_EVERY = 300.0  # seconds
 SHARE = 0.01  # of a run's time that copying its state by time may take
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # RecursionError among them
 LOGS = ("log.csv", "tensorboard", "wandb")  # may lie in a run's directory before its first checkpoint does
 
 
@@ -42,10 +43,9 @@ def claim(directory: Path, name: str | None = None) -> None:
         if directory.is_dir() and any(path.name not in LOGS and _writer_of(path) is None for path in directory.iterdir()):
             if not holds_run(directory) and not (directory / RESULTS).exists():
                 raise CheckpointError(f"{directory} is not empty and holds no fasthyper run; name another directory")
-            if name is not None and (directory / RESULTS).exists():
-                found = read_results(directory)["name"]
-                if found != name:
-                    raise CheckpointError(f"{directory} holds a run of {found!r}, not of {name!r}; name another directory")
+            found = read_results(directory).get("name") if name is not None and (directory / RESULTS).exists() else name
+            if found != name:
+                raise CheckpointError(f"{directory} holds a run of {found!r:.100}, not of {name!r}; name another directory")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
@@ -245,11 +245,14 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if header.get("format") != format:
                 raise CheckpointError(f"{path} is not a {format} file ({_other(header.get('format'), format)})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "sha256" in header and header["sha256"] != _digest(tensors, header["state"]):
+        if header["sha256"] != _digest(tensors, header["state"]):
             raise CheckpointError(f"{path} is damaged: it was changed since it was written")
-        return tensors, json.loads(header["state"])
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a {format} file: {error}") from error
+        state = json.loads(header["state"])
+        if not isinstance(state, dict):
+            raise ValueError("its state is no JSON object")
+        return tensors, state
+    except (SafetensorError, OSError, *UNREADABLE) as error:
+        raise CheckpointError(f"{path} is damaged or not a {format} file: {_line(error)}") from error
 
 
 def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -265,8 +268,8 @@ def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    except (SafetensorError, OSError, *UNREADABLE) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {_line(error)}") from error
 
 
 def _digest(tensors: dict[str, Tensor], state: str) -> str:
@@ -283,7 +286,12 @@ def _other(found: str | None, expected: str) -> str:
     kind, _, number = (found or "").rpartition("-")
     if kind == expected.rpartition("-")[0] and number.isdecimal():
         return f"{found}, of another version of fasthyper: upgrade"
-    return f"format: {found}"
+    return f"format: {_line(found)}"
+
+
+def _line(text: object) -> str:
+    """What a message quotes of a file: one line, not too long."""
+    return " ".join(str(text).split())[:300]
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -295,15 +303,15 @@ def read_results(directory: Path) -> dict[str, Any]:
     _settle(directory)
     path = directory / RESULTS
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes().decode())
         if content.get("format") != RESULTS_FORMAT:
             raise CheckpointError(f"{path} is not a {RESULTS_FORMAT} file")
         return content
     except FileNotFoundError as error:
         raise CheckpointError(f"no {RESULTS} in {directory}: run `fasthyper run RECIPE --out {directory}` first") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *UNREADABLE) as error:
         again = "; without it a run goes on, and writes it anew" if (directory / CHECKPOINT).exists() else ""
-        raise CheckpointError(f"{path} is damaged: {error}{again}") from error
+        raise CheckpointError(f"{path} is damaged: {_line(error)}{again}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

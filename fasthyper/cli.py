@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -23,14 +22,14 @@ import fasthyper
 from fasthyper.bench.verbs import add_verbs
 from fasthyper.checkpoint import SAVE_EVERY, holds_run, read_results
 from fasthyper.environment import cpu_name
-from fasthyper.errors import FasthyperError
+from fasthyper.errors import FasthyperError, RecipeError
 from fasthyper.export import load
 from fasthyper.inference import METHODS
 from fasthyper.interrupt import whole_process
 from fasthyper.loggers import KINDS, open_logger
 from fasthyper.metrics import MEASURES, Results
 from fasthyper.planner import MEMORY_BUDGET
-from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, run, with_error
+from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, nearest, read, run, with_error
 from fasthyper.recipes.fields import FIELDS, converter
 from fasthyper.streams import fetch
 from fasthyper.sweep import JOURNAL, Parameter, Sweep
@@ -74,7 +73,7 @@ def _parser() -> _Parser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     verb = verbs.add_parser("run", help="train a recipe, or go on with it; writes a report", allow_abbrev=False)
-    verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows")
+    verb.add_argument("recipe", metavar="RECIPE", type=_recipe, help="a name that `fasthyper list` shows, or a TOML file")
     verb.add_argument("--out", type=Path, help="directory of the run (default: runs/RECIPE)")
     verb.add_argument(
         "--seeds", type=_count, default=1, metavar="N", help="as many runs, with seed, seed + 1, ..., in OUT/seed-*"
@@ -350,10 +349,13 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _recipe(name: str) -> Recipe:
+    try:
+        if name.endswith(".toml"):
+            return read(Path(name))
+    except RecipeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`fasthyper list` shows them"
-        raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {hint}")
+        raise argparse.ArgumentTypeError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
     return RECIPES[name]
 
 

@@ -13,6 +13,10 @@ class CheckpointError(FasthyperError):
     """A directory or a checkpoint that cannot be written, read, or gone on with."""
 
 
+class RecipeError(FasthyperError):
+    """A recipe's file is damaged, or names a setting or a value that cannot be."""
+
+
 class NonFiniteLossError(FasthyperError):
     """The loss, the drift or a gradient became NaN or infinite.
 

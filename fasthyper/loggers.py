@@ -69,7 +69,7 @@ class CSVLogger(Logger):
         header = ",".join(self.COLUMNS)
         if path.exists() and path.stat().st_size > 0:
             with path.open() as file:
-                if file.readline().strip() != header:
+                if file.readline(len(header) + 2).strip() != header:
                     raise ValueError(f"{path} has other columns than {header}; name another file")
         self._file = path.open("a", newline="", buffering=1)
         self._rows = csv.DictWriter(self._file, self.COLUMNS, lineterminator="\n")

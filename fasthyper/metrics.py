@@ -194,9 +194,19 @@ class TaskRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TaskRecord:
-        """The record that ``to_json`` wrote, exactly."""
-        curves = {key: [(int(step), value) for step, value in data[key]] for key in ("loss", "drift")}
-        return cls(**{**data, **curves})
+        """The record that ``to_json`` wrote, exactly.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        curves = {key: [(_integer(step), _number(value)) for step, value in data[key]] for key in ("loss", "drift")}
+        record = cls(**{**data, **curves})
+        for count in (record.index, record.steps, record.samples):
+            _integer(count)
+        _number(record.seconds)
+        if not isinstance(record.name, str):
+            raise TypeError(f"the name of task {record.index} is no text")
+        return record
 
 
 class _Row(Sequence[float]):
@@ -327,11 +337,28 @@ class Results:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:
-        """The results that ``to_json`` wrote, exactly."""
+        """The results that ``to_json`` wrote, exactly.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: they are none.
+        """
         tasks = [TaskRecord.from_json(task) for task in data["tasks"]]
-        accuracy = {int(i): {int(j): x for j, x in row.items()} for i, row in data["accuracy"].items()}
+        accuracy = {int(i): {int(j): _number(x) for j, x in row.items()} for i, row in data["accuracy"].items()}
         measure = data.get("measure", "accuracy")  # runs of before there were others have none
         if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
-        forgotten = {int(task): last for task, last in data.get("forgotten", {}).items()}
-        return cls(tasks, accuracy, data["peak_memory"], measure, forgotten, data.get("baseline"))
+            raise ValueError(f"unknown measure {measure!r:.100}; choose from {', '.join(MEASURES)}")
+        forgotten = {int(task): _integer(last) for task, last in data.get("forgotten", {}).items()}
+        baseline = None if data.get("baseline") is None else [_number(x) for x in data["baseline"]]
+        return cls(tasks, accuracy, _integer(data["peak_memory"]), measure, forgotten, baseline)
+
+
+def _number(value: Any) -> float:
+    """``value``, unless it is no number."""
+    return value if isinstance(value, float) else _integer(value)
+
+
+def _integer(value: Any) -> int:
+    """``value``, unless it is no integer of 64 bits."""
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise TypeError(f"{str(value)[:40]!r} is no number, or too large a one")
+    return value

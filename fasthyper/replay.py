@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fasthyper import checkpoint, nets
 from fasthyper.environment import environment
 from fasthyper.errors import NonFiniteLossError
-from fasthyper.export import UNFIT, unfit, with_prefix
+from fasthyper.export import UNFIT, unfit, with_prefix, without_memory
 from fasthyper.inference import BATCH
 from fasthyper.interrupt import deferred_interrupt, stopped_by
 from fasthyper.loggers import Logger
@@ -257,8 +257,12 @@ class _Method(ABC):
                 )
                 for name, trainer in cls.trainers.items()
             }
-            net = net if net is not None else nets.build(state["net"])
-            net.load_state_dict(with_prefix(tensors, "net."), assign=True)
+            own = with_prefix(tensors, "net.")
+            net = net if net is not None else without_memory(state["net"], len(own))
+            for name, tensor in net.state_dict().items():
+                if own[name].dtype != tensor.dtype:
+                    raise ValueError(f"net.{name} is {own[name].dtype} in it")
+            net.load_state_dict(own, assign=True)
             options: dict[str, Any] = {**trainers, "progress": progress, "loggers": loggers}
             options |= {"out": out, "save_every": save_every, "on_nonfinite": on_nonfinite}
             method = cls(net=net, **state["method"], **options)

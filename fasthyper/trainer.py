@@ -467,6 +467,7 @@ class Trainer:
         **options: Any,
     ) -> _Self:
         """The trainer whose ``state`` it was; ``options`` as in ``load``. What does not fit raises one of ``UNFIT``."""
+        options = {"device": None, "graph": None, "out": None, "loggers": (), **options}  # no file may set them
         trainer = cls(rebuild(with_prefix(tensors, "hnet."), state, target), **state["trainer"], **options)
         trainer.results = Results.from_json(state["results"])
         if state["current"] is not None:

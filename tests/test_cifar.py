@@ -1,7 +1,10 @@
 """Split CIFAR from small files of the binary version, as they lie in folders and archives, whole and damaged."""
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import tarfile
 
 import pytest
@@ -249,6 +252,66 @@ def test_an_archive_is_read_and_never_unpacked(archives, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "LARGEST", 699)
     with pytest.raises(DataError, match=r"a\.bin has 700 bytes, too many for what it should be"):
         fetch.from_archive(path, ["a.bin"])
+
+
+def member(name, content=b"", kind=tarfile.REGTYPE, size=None, link=""):
+    """An entry of a tar archive, its size as given."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("how", ["plain", "gz", "xz", "bz2"])
+def test_an_archive_s_entries_cannot_leave_it(tmp_path, how):
+    """Absolute names, names with dots, links, devices and a second file of the same name: the first plain file counts."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    raw = b"".join(
+        [
+            member("a.bin", kind=tarfile.SYMTYPE, link=str(secret)),
+            member("b.bin", kind=tarfile.LNKTYPE, link="../secret"),
+            member("c.bin", kind=tarfile.CHRTYPE),
+            member("c.bin", kind=tarfile.FIFOTYPE),
+            member("c.bin/", kind=tarfile.DIRTYPE),
+            member(f"{tmp_path}/x/a.bin", b"first"),
+            member("../../b.bin", b"b"),
+            member("a.bin", b"second"),
+            member("c.bin", b"c"),
+            bytes(1024),
+        ]
+    )
+    pack = {"plain": bytes, "gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[how]
+    path = tmp_path / "in" / "data.tar"
+    path.parent.mkdir()
+    path.write_bytes(pack(raw))
+    before = sorted(tmp_path.rglob("*"))
+    assert fetch.from_archive(path, ["a.bin", "b.bin", "c.bin"]) == {"a.bin": b"first", "b.bin": b"b", "c.bin": b"c"}
+    assert sorted(tmp_path.rglob("*")) == before and secret.read_bytes() == b"secret"
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([member("x", size=-512)], "cannot read"),
+        ([member("x", size=1 << 40)], "a file that ends at byte"),
+        ([member("x", kind=tarfile.GNUTYPE_LONGNAME, size=1 << 40)], "a header of 1099511627776 bytes"),
+        ([member("x", kind=tarfile.XHDTYPE, size=1 << 40)], "a header of 1099511627776 bytes"),
+        ([member("x", kind=tarfile.GNUTYPE_LONGNAME, size=-512)], "a header of -512 bytes"),
+        ([member("a.bin", size=1 << 40)], "1099511627776 bytes, too many"),
+        ([member("a.bin", size=4096)], "cannot read"),
+        ([member("x")] * 20_000, "is member 10000"),
+        ([member("x", bytes(20), kind=tarfile.XHDTYPE)] * 5000, "cannot read"),
+        ([member("a.bin", kind=tarfile.GNUTYPE_SPARSE)], "does not hold a.bin"),
+    ],
+    ids=["negative", "huge", "huge name", "huge header", "negative name", "large", "cut", "many", "nested", "sparse"],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_archives_that_would_take_memory_or_time_without_end(tmp_path, entries, words, pack):
+    path = tmp_path / "data.tar"
+    path.write_bytes(pack(b"".join(entries)))
+    with pytest.raises(DataError, match=words) as caught:
+        fetch.from_archive(path, ["a.bin"])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_fetch_by_npm(tmp_path, put, files, monkeypatch):

@@ -162,11 +162,12 @@ def header_of(path):
 
 
 def rewrite(path, tensors=None, **state):
-    """The same file with other contents, its digest left out, as one might write who wants to be believed."""
+    """The same file with other contents and their digest, as one might write who wants to be believed."""
     header = header_of(path)
     header["state"] = json.dumps({**json.loads(header["state"]), **state})
-    header.pop("sha256")
-    save_file({**load_file(path), **(tensors or {})}, path, metadata=header)
+    tensors = {**load_file(path), **(tensors or {})}
+    header["sha256"] = fh.checkpoint._digest(tensors, header["state"])
+    save_file(tensors, path, metadata=header)
 
 
 def one_line(path, match):
@@ -299,3 +300,33 @@ def test_the_page_runs(tmp_path, monkeypatch):
         pytest.importorskip("hypnettorch.hnets")
         for block in blocks[1:]:
             exec(block, names)
+
+
+def test_what_a_file_claims_takes_no_memory(tmp_path):
+    """A network of terabytes, of a million layers or of a billion heads is refused before any of it is made."""
+    path = tmp_path / "hypernet.safetensors"
+    make().export(path)
+    whole, state = path.read_bytes(), json.loads(header_of(path)["state"])
+    huge = {"num_inputs": 1 << 20, "hidden": [1 << 20], "num_outputs": 1 << 20}
+    for changed, match in (
+        ({"target": {"class": "MLP", "config": huge}}, "parameters differ"),
+        ({"hnet": {**state["hnet"], "hidden": [1 << 40, 5]}}, "trunk_weights.0 is"),
+        ({"target": {"class": "ResNet", "config": {"num_outputs": 4, "n": 1 << 30}}}, "of that many layers"),
+        ({"target": {"class": "MLP", "config": huge}, "hnet": {**state["hnet"], "outputs_per_task": 1}}, "output heads"),
+    ):
+        path.write_bytes(whole)
+        rewrite(path, **changed)
+        one_line(path, match)
+
+
+def test_a_state_cannot_choose_where_a_trainer_writes(tmp_path):
+    trainer = fh.Trainer(toy_hnet(3, dtype=torch.float32), progress=False)
+    trainer.save(tmp_path / "run")
+    tensors, state = fh.checkpoint.load(tmp_path / "run")
+    state["trainer"]["out"] = str(tmp_path / "elsewhere")
+    fh.checkpoint.save(tmp_path / "run", tensors, state, {})
+    with pytest.raises(fh.CheckpointError, match="multiple values for keyword argument 'out'"):
+        fh.Trainer.load(tmp_path / "run", progress=False)
+    with pytest.raises(TypeError, match="'out'"):
+        fh.Trainer.from_state(tensors, state)
+    assert not (tmp_path / "elsewhere").exists()

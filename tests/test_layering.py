@@ -43,7 +43,7 @@ ALLOWED = {
         *("activations", "checkpoint", "generation", "init", "layout", "mixed", "nets", "shared", "streams", "target"),
         "trunk",
     },
-    "export": {"checkpoint", "errors", "hypernet", "nets"},
+    "export": {"checkpoint", "errors", "hypernet", "init", "nets"},
     "regularizer": {"hypernet", "ops", "planner", "reference", "trunk"},
     "inference": {"hypernet", "losses", "mixed", "streams"},
     "graph": set(),
@@ -93,6 +93,7 @@ THIRD_PARTY = {  # beside torch and the standard library; imported inside functi
     "kernels": {"triton"},  # at the top of its modules, which _backend alone imports, where Triton is installed
     "loggers": {"wandb"},
     "progress": {"rich"},
+    "recipes": {"tomli"},  # before Python 3.11
     "report": {"matplotlib", "numpy"},
     "streams": {"PIL", "numpy", "sklearn"},
     "sweep": {"optuna", "ray"},

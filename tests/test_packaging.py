@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 HAS_EXTENSION = importlib.util.find_spec("fasthyper._C") is not None
 
 
@@ -128,3 +132,58 @@ for have, want in zip(found, torch.autograd.grad(loss(*leaves), leaves)):
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def third_party():
+    pytest.importorskip("packaging")
+    spec = importlib.util.spec_from_file_location("third_party", ROOT / "_build" / "third_party.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_licences_of_all_that_is_needed_are_listed(third_party):
+    listed = dict(re.findall(r"^\| ([\w.-]+) \| (.*) \|$", (ROOT / "THIRD_PARTY.md").read_text(), re.MULTILINE))
+    found = third_party.needed("fasthyper", frozenset({"dev"}))
+    assert {"torch", "rich", "safetensors", "numpy"} <= third_party.needed("fasthyper").keys()
+    assert found.keys() <= listed.keys(), f"`make lock` lists {found.keys() - listed.keys()}"
+    assert all(listed.values())
+
+
+EXTRAS = distribution("fasthyper").metadata.get_all("Provides-Extra")
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_no_extra_needs_another_torch_than_the_pinned_one(third_party, extra):
+    """As the pinned versions say; ``make wheel`` asks pip itself."""
+    from packaging.requirements import Requirement
+
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for name, found in third_party.needed("fasthyper", frozenset({extra})).items():
+        for requirement in map(Requirement, found.requires or ()):
+            if requirement.name in ("torch", "torchvision") and requirement.marker is None:
+                assert pins[requirement.name] in requirement.specifier, f"{name} needs {requirement}"
+                assert name in pins or not str(requirement.specifier).startswith("=="), f"{name} is not pinned"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lock").glob("*.txt")), ids=lambda path: path.stem)
+def test_locks_pin_what_constraints_do_and_no_torch(path):
+    pins = re.findall(
+        r"^([\w.-]+)==([^\s;]+)(?:; python_version (<|>=) \"3.11\")?$", (ROOT / "constraints.txt").read_text(), re.M
+    )
+    new = int(re.match(r"cp3(\d+)", path.stem)[1]) >= 11
+    pinned = {name.replace("_", "-"): version for name, version, when in pins if when in ("", ">=" if new else "<")}
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    locked = dict(line.partition(" ")[0].split("==") for line in lines)
+    assert all(re.fullmatch(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines) and "torch" not in locked
+    assert {name: locked[name] for name in pinned.keys() & locked.keys()} == {
+        n: pinned[n] for n in pinned.keys() & locked.keys()
+    }
+    assert pinned.keys() - locked.keys() <= {"torch"}
+
+
+def test_the_installed_metadata_names_the_licence():
+    data = distribution("fasthyper").metadata
+    assert data["License-Expression"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")

@@ -540,6 +540,17 @@ def test_read_idx_names_a_damaged_file(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_read_idx_takes_no_more_than_its_header_says(tmp_path, monkeypatch):
+    path = tmp_path / "labels.gz"
+    write_idx(path, torch.arange(10))
+    path.write_bytes(path.read_bytes() + gzip.compress(bytes(1 << 20)) * 2000)  # 2 GB in 2 MB
+    with pytest.raises(DataError, match="its values are not as many as its header says, 10"):
+        read_idx(path)
+    write_idx(path, torch.arange(10), shape=(1 << 16, 1 << 16))
+    with pytest.raises(DataError, match="65536 x 65536 values are too many"):
+        read_idx(path)
+
+
 @pytest.mark.parametrize("labels", [torch.arange(29) % 10, torch.full((30,), 10)], ids=["fewer", "ten"])
 def test_mnist_refuses_labels_that_do_not_fit_the_images(tiny_mnist, monkeypatch, labels):
     write_idx(tiny_mnist / "train-labels-idx1-ubyte.gz", labels)

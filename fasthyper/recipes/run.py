@@ -13,10 +13,11 @@ from torch import nn
 
 from fasthyper import nets, streams
 from fasthyper.checkpoint import SAMPLES, claim, holds_run, read_results, write
-from fasthyper.errors import CheckpointError
+from fasthyper.errors import CheckpointError, RecipeError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
 from fasthyper.metrics import MEASURES, accuracy_interval
+from fasthyper.recipes.file import of
 from fasthyper.recipes.recipe import Recipe
 from fasthyper.replay import HnetR, HnetTIR
 from fasthyper.replay_model import ReplayModel
@@ -125,8 +126,10 @@ def evaluate(directory: Path, infer: bool | str | None = None) -> dict[str, floa
         CheckpointError: there is no run, or one that no recipe made.  ValueError: ``infer`` of HNET+TIR or HNET+R.
     """
     try:
-        recipe = Recipe(**read_results(directory)["config"])
-    except TypeError as error:
+        recipe = of(str(directory), read_results(directory)["config"])
+        if recipe.stream not in STREAMS:
+            raise RecipeError(f"unknown stream {recipe.stream!r}")
+    except (TypeError, KeyError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory} holds a run that no recipe of this version made: use fh.Trainer.load") from error
     runner: Runner = class_of(recipe).load(directory, progress=False)
     tasks = STREAMS[recipe.stream](recipe)[: len(runner.results.tasks)]

@@ -66,7 +66,7 @@ class Run:
             return None
         words = ["fasthyper", "run", self.name, "--out", self.directory.resolve().name]
         for key, value in self.config.items():
-            if plain(value) != plain(recipe[key]):
+            if key not in ("about", "source") and plain(value) != plain(recipe[key]):
                 words += [f"--{key.replace('_', '-')}", plain(value)]
         return shlex.join(words)
 
@@ -220,7 +220,9 @@ def load_run(directory: str | Path, baseline: Run | None = None) -> Run:
         if alone is None or len(alone) >= len(results.tasks):
             _ = run.scores
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FasthyperError(f"{path} is damaged ({error!r}): `fasthyper run RECIPE --out DIR` makes a new one") from error
+        raise FasthyperError(
+            f"{path} is damaged ({error!r:.200}): `fasthyper run RECIPE --out DIR` makes a new one"
+        ) from error
     if not results.tasks:
         raise FasthyperError(f"{path} holds no finished task yet: go on with `fasthyper run RECIPE --out {directory}`")
     if alone is not None and len(alone) < len(results.tasks):

@@ -113,14 +113,15 @@ def read_split(path: Path, num_examples: int) -> dict[str, Examples]:
         DataError: unreadable, damaged, or not the split with ``num_examples`` images of 93 users.
     """
     try:
-        data: Any = json.loads(path.read_bytes())
+        data: Any = json.loads(path.read_bytes().decode())
         users = {str(user): _examples(data["user_data"][user]) for user in data["users"]}
         counts = [len(labels) for _, labels in users.values()]
         if len(users) != USERS or counts != data["num_samples"] or sum(counts) != num_examples:
             raise ValueError(f"{len(users)} users with {sum(counts)} images, expected {USERS} with {num_examples}")
         return users
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(f"cannot read {path} ({type(error).__name__} {error}): it is not the published split") from error
+        why = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise DataError(f"cannot read {path} ({why}): it is not the published split") from error
 
 
 def _examples(user: Any) -> Examples:
@@ -140,13 +141,14 @@ def _decoded(folder: Path, names: Sequence[str]) -> Tensor:
     except ImportError as error:
         raise MissingPackageError("Pillow is not installed: pip install 'fasthyper[vision]'") from error
     images = []
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # images said to have very many pixels
     for name in names:
         try:
             with Image.open(io.BytesIO((folder / name).read_bytes()), formats=["JPEG"]) as image:
                 if image.size != (178, 218):
                     raise ValueError(f"{image.size[0]}x{image.size[1]} pixels, CelebA's aligned images have 178x218")
                 small = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, *bombs) as error:
             raise DataError(f"cannot read {folder / name} ({error}): replace it") from error
         images.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(32, 32, 3).permute(2, 0, 1))
     return torch.stack(images)

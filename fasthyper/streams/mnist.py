@@ -8,6 +8,8 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fasthyper.errors import DataError
-from fasthyper.streams.fetch import fetch
+from fasthyper.streams.fetch import PIECE, fetch
 from fasthyper.streams.stream import Device, Stream, Task, TaskData, check_scenario, permuted_stream, task_classes
 
 Pair = tuple[Tensor, Tensor]
 Folder = str | os.PathLike[str] | None
+LARGEST = 1 << 26  # bytes of images or labels; the 60,000 images have 47 million
 BASES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "kmnist": "KMNIST"}
 
 
@@ -143,12 +146,17 @@ def read_idx(path: Path) -> Tensor:
         DataError: unreadable, truncated, or not such a file.
     """
     try:
-        raw = gzip.decompress(path.read_bytes())
-        zeros, dtype, num_dims = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{num_dims}I", raw, 4)
-        values = raw[4 + 4 * num_dims :]
-        if (zeros, dtype) != (0, 8) or len(values) != math.prod(shape):
-            raise ValueError(f"{len(values)} values do not fit the header {(zeros, dtype, *shape)}")
+        with gzip.open(path) as file:
+            zeros, dtype, num_dims = struct.unpack(">HBB", file.read(4))
+            if (zeros, dtype) != (0, 8) or not 1 <= num_dims <= 3:
+                raise ValueError(f"no header of an idx file of bytes: {(zeros, dtype, num_dims)}")
+            shape = struct.unpack(f">{num_dims}I", file.read(4 * num_dims))
+            if math.prod(shape) > LARGEST:
+                raise ValueError(f"{' x '.join(map(str, shape))} values are too many")
+            pieces = iter(partial(file.read, PIECE), b"")  # compressed may be much more than there should be
+            values = b"".join(islice(pieces, math.prod(shape) // PIECE + 2))
+        if len(values) != math.prod(shape):
+            raise ValueError(f"its values are not as many as its header says, {' x '.join(map(str, shape))}")
         return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise DataError(f"cannot read {path} ({error}): delete it and fetch it again") from error
