@@ -17,5 +17,9 @@ class NonFiniteLossError(FasthyperError):
     """The loss or the drift became NaN or infinite."""
 
 
+class LostProcessError(FasthyperError):
+    """Another process of a job that trains together has ended, or does not answer."""
+
+
 class MissingPackageError(FasthyperError, ImportError):
     """An optional package is not installed."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
+from fasthyper.distributed import Part, Ranks
 from fasthyper.environment import environment
-from fasthyper.errors import NonFiniteLossError
+from fasthyper.errors import FasthyperError, LostProcessError, NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
@@ -79,10 +80,14 @@ class Trainer:
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
         progress: whether to show a bar.
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
+        ranks: of a job of several processes, ``fh.distributed.join()`` in each: all call the same methods on the same data,
+            the first alone writes and shows anything, and each takes its share of the batch, of the past tasks and of the
+            tasks to evaluate; what comes of it are the numbers of one process, to rounding. A target whose batch norm
+            looks across the batch is run on all of it by each. Steps are run as they are, not as CUDA graphs.
 
     Raises:
         ValueError: unknown optimizer, schedule or ``embedding_init``, a negative number where none can be, or ``graph=True``
-            elsewhere than on CUDA or with a schedule.
+            elsewhere than on CUDA, with a schedule or with several ranks.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Trainer:
         settings: dict[str, Any] | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        ranks: Ranks | None = None,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -118,6 +124,9 @@ class Trainer:
             raise ValueError(f"embedding_init must be 'normal' or 'previous', got {embedding_init!r}")
         if graph and schedule != "constant":
             raise ValueError(f"a CUDA graph keeps its learning rate: schedule={schedule!r} needs graph=False or None")
+        self.ranks = ranks or Ranks()
+        if graph and self.ranks.count > 1:
+            raise ValueError(f"a CUDA graph holds no exchange of {self.ranks.count} processes: graph must be False or None")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
         if infer not in (None, *METHODS):
@@ -145,12 +154,12 @@ class Trainer:
         if graph and self.device.type not in RUNTIMES:
             raise ValueError(f"graph=True needs a CUDA device, the hypernetwork is on {self.device}")
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
-        self.out = None if out is None else Path(out)
-        self.progress, self.loggers = progress, list(loggers)
+        self.out = Path(out) if out is not None and self.ranks.is_first else None
+        self.progress, self.loggers = progress and self.ranks.is_first, list(loggers) if self.ranks.is_first else []
         self.loss, self.infer = loss, infer
         self.results = Results(measure=LOSSES[loss].measure)
         self.regularizer = OutputRegularizer(hnet)
-        self.graph = graph if schedule == "constant" else False
+        self.graph = graph if schedule == "constant" and self.ranks.count == 1 else False
         self._current: TaskInTraining | None = None
         self._runtime: Runtime | None = None
         if self.out is not None:
@@ -192,13 +201,18 @@ class Trainer:
             with training_bar(title, start, steps, self.progress) as show:
                 for step in range(start, steps):
                     batch, inputs = self._inputs(current, data, batches.indices(step))
-                    self._advance(current, batch, *inputs)
+                    try:
+                        self._advance(current, batch, *inputs)
+                    except LostProcessError:  # nothing has changed in this step
+                        if self.out is not None:
+                            self.save(self.out)
+                        raise
                     show(step + 1, *current.latest)
-                    if interrupted():
+                    if self.ranks.stops(interrupted()):
                         break
                 self._collect(wait=True)
                 show(current.steps, *current.latest)
-            if interrupted():
+            if self.ranks.any(interrupted()):
                 if self.out is not None:
                     self.save(self.out)
                 raise KeyboardInterrupt
@@ -220,6 +234,7 @@ class Trainer:
         self._collect(wait=True)
         self.hnet.train()
         if self._current is None:
+            self.ranks.copy_first_(self.hnet.state_dict().values())
             self._start_embedding(len(self.results.tasks))
             self._current = self._begin(len(self.results.tasks), name)
         current = self._current
@@ -337,13 +352,12 @@ class Trainer:
         if method is not None and self.loss != "cross_entropy":
             raise ValueError(f"to infer tasks needs classes, loss={self.loss!r} has none")
         named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
-        pairs = list(named.items())
-        if self.loss != "cross_entropy":
-            found = errors_on(self.hnet, pairs)
-        elif method is None:
-            found = accuracies_on(self.hnet, pairs)
-        else:
-            found = accuracies_on(self.hnet, pairs, self.results.held, method)
+        options = () if method is None else (self.results.held, method)
+
+        def measure(pairs: Sequence[tuple[int, TaskData]]) -> list[float]:
+            return errors_on(self.hnet, pairs) if self.loss != "cross_entropy" else accuracies_on(self.hnet, pairs, *options)
+
+        found = self.ranks.spread(list(named.items()), measure)
         accuracies = dict(zip(named, found, strict=True))
         if self.results.tasks and method == self.infer:
             trained = len(self.results.tasks) - 1
@@ -356,13 +370,15 @@ class Trainer:
         return list(accuracies.values())
 
     def save(self, directory: str | Path) -> None:
-        """Writes the whole state to ``directory``: ``checkpoint.safetensors`` and ``results.json``.
+        """Writes the whole state to ``directory``: ``checkpoint.safetensors`` and ``results.json``; of ranks the first does.
 
         Raises:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
             NonFiniteLossError: found in steps whose numbers were not yet read.
         """
         tensors, state = self.state()
+        if not self.ranks.is_first:
+            return
         summary = {
             "name": self.config["name"],
             "config": self.config["settings"] or {**self.hnet.config, **self.config},
@@ -386,7 +402,7 @@ class Trainer:
         if self._current is not None:
             state["current"] = self._current.record.to_json()
             tensors |= self._current.tensors()
-            tensors |= {f"snapshot.{i}": tensor for i, tensor in enumerate(self.regularizer.state())}
+            tensors |= {f"snapshot.{i}": t for i, t in enumerate([*self.regularizer.theta0, self._current.embeddings0])}
         return tensors, state
 
     @classmethod
@@ -400,19 +416,22 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        ranks: Ranks | None = None,
     ) -> _Self:
         """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
             directory: where ``save`` wrote.
             target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
-            device, graph, out, progress, loggers: as in the constructor.
+            device, graph, out, progress, loggers, ranks: as in the constructor. The first rank alone reads; there may be
+                more or fewer than when it was saved, to rounding.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
         """
-        tensors, state = checkpoint.load(Path(directory))
+        tensors, state = (ranks or Ranks()).of_first(lambda: checkpoint.load(Path(directory)))
         options: dict[str, Any] = {"device": device, "graph": graph, "out": out, "progress": progress, "loggers": loggers}
+        options |= {} if ranks is None else {"ranks": ranks}
         try:
             return cls.from_state(tensors, state, target=target, **options)
         except UNFIT as error:
@@ -435,7 +454,10 @@ class Trainer:
             snapshot = with_prefix(tensors, "snapshot.")
             trainer._current = trainer._begin(record.index, record.name)
             trainer._current.restore(record, tensors)
-            trainer.regularizer.restore(trainer.results.held, [snapshot[str(i)] for i in range(len(snapshot))])
+            *theta0, embeddings0 = (snapshot[str(i)] for i in range(len(snapshot)))
+            own = trainer._own_past()
+            trainer.regularizer.restore(trainer.results.held[own], [*theta0, embeddings0[own]])
+            trainer._current.embeddings0 = embeddings0.to(trainer.device)
         return trainer
 
     def _total_steps(self) -> int:
@@ -496,7 +518,7 @@ class Trainer:
         """New optimizers, and a snapshot of what the past tasks generate now."""
         embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
         held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in self.results.held] if self.plastic else [])]
-        self.regularizer.snapshot(self.results.held)
+        self.regularizer.snapshot(self.results.held[self._own_past()])
         lr = self.config["lr"]
         groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
         current = TaskInTraining(
@@ -505,6 +527,7 @@ class Trainer:
             free=[embedding, *rest],
             held_optimizer=self._optimizer(held, lr),
             free_optimizer=self._optimizer(groups, lr),
+            embeddings0=self.hnet.embeddings(self.results.held).detach().clone(),
         )
         if self.graph is not False and self.device.type in RUNTIMES:
             self._runtime = self._runtime or RUNTIMES[self.device.type](self.device)
@@ -605,20 +628,10 @@ class Trainer:
         parameters, statistics = [*now.held, *now.free], self.hnet.statistics
         rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
         rows_before = [row.clone() for row in rows]
-        loss = self._task_loss(x.to(self.hnet.basis.dtype), y, now.record.index)
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        values: list[Tensor] = [loss.detach()]
-        drift_grads: list[Tensor] = []
-        if self._has_drift(now):
-            ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
-            value, drift_grads = self._drift(ahead, tasks)
-            values.append(value)
-        numbers = torch.stack(values)
         try:
+            numbers, drift_grads = self._gradients(now, x, y, tasks, rows[:1])
             healthy = check(numbers)
-        except NonFiniteLossError:
+        except FasthyperError:
             for row, before in zip(rows, rows_before, strict=True):
                 row.copy_(before)
             raise
@@ -630,6 +643,37 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = None  # it lies where a graph's next launch writes
         return numbers
+
+    def _gradients(
+        self, now: TaskInTraining, x: Tensor, y: Tensor, tasks: Tensor | None, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Task loss and drift, as ``_update`` returns them, and the drift's gradients; the loss' are left with what moves.
+
+        Of several ranks each takes its share: of the examples, or, where a target looks across the batch, the mean of all
+        ranks' numbers, statistics ``rows`` included; of the past tasks. The look-ahead needs the whole gradient of the loss,
+        and the drift the look-ahead: these are two messages, without a look-ahead one.
+        """
+        own, share = self.ranks.share(len(y))
+        if self.ranks.count > 1 and self.hnet.target.mixes_examples:
+            own, share = slice(None), 1 / self.ranks.count
+        loss = self._task_loss(x[own].to(self.hnet.basis.dtype), y[own], now.record.index)
+        parameters = [*now.held, *now.free]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        values: list[Tensor] = [loss.detach()]
+        drift_grads: list[Tensor] = []
+        to_sum: list[Part] = [([*values, *rows, *grads], share)]
+        if self._has_drift(now):
+            if self.lookahead:
+                self.ranks.sum_(to_sum.pop())
+            ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
+            own, share = self.ranks.share(len(self.results.held) if tasks is None else len(tasks))
+            value, drift_grads = self._drift(ahead, tasks, own)
+            values.append(value)
+            to_sum.append(([value, *drift_grads], share))
+        self.ranks.sum_(*to_sum)
+        return torch.stack(values), drift_grads
 
     def _inputs(
         self, now: TaskInTraining, data: TaskData, indices: Tensor
@@ -655,14 +699,25 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
 
-    def _drift(self, held: Sequence[Tensor], tasks: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Drift of the past tasks' weights at these values of what moves, and its gradients for them."""
+    def _own_past(self) -> slice:
+        """Of which past tasks, by place, this rank has a snapshot: of all where a step samples some."""
+        past = len(self.results.held)
+        return self.ranks.share(past)[0] if self.reg_tasks is None or self.reg_tasks >= past else slice(None)
+
+    def _drift(self, held: Sequence[Tensor], tasks: Tensor | None, own: slice) -> tuple[Tensor, list[Tensor]]:
+        """Drift of past tasks' weights, ``own`` of ``tasks``, at these values of what moves, and its gradients for them."""
         num_theta = len(self.hnet.theta)
         embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
-        value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], embeddings, tasks=tasks)
-        if self.plastic:
-            if tasks is not None:
-                grad_embeddings = torch.zeros_like(self.regularizer.embeddings0).index_copy_(0, tasks, grad_embeddings)
+        value, grads, grad_embeddings = self.regularizer.value_and_grad(
+            held[:num_theta],
+            embeddings if embeddings is None or tasks is not None else embeddings[own],
+            tasks=None if tasks is None else tasks[own],
+        )
+        if embeddings is not None:
+            if len(grad_embeddings) < len(embeddings):
+                whole = torch.zeros_like(embeddings)
+                whole[own if tasks is None else tasks[own]] = grad_embeddings
+                grad_embeddings = whole
             grads = [*grads, *grad_embeddings]
         return value, grads
 
