@@ -15,9 +15,11 @@ from typing import Any
 
 import report_gpu
 
-from fasthyper.bench.costs import Work
+from fasthyper.bench.costs import FLOAT, Shapes, Work, messages
 from fasthyper.bench.figure import times_figure
-from fasthyper.bench.machine import Machine
+from fasthyper.bench.machine import Link, Machine
+from fasthyper.bench.predict import seconds_on_ranks
+from fasthyper.bench.workloads import WORKLOADS
 from fasthyper.metrics import Results
 from fasthyper.recipes import RECIPES, measured, with_error
 
@@ -30,6 +32,7 @@ GOALS = (  # of the project: times faster than the peer
     *(("step", "p10", 10, 12), ("step", "p100", 10, 5), ("step", "p100", 100, 25)),
     *(("step", "p100-aligned", 10, 6), ("step", "p100-aligned", 100, 27)),
 )
+RANKS, MOST_RANKS = (1, 2, 4, 8, 16), 64  # of the scaling table; among which the fastest is looked for
 CEILING_TEXT = (
     "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured\n"
     "in the same run; below 1 where tile units or caches do better than those."
@@ -59,6 +62,7 @@ def main() -> int:
             "goals": goals_table(entries, ceiling) + without_tiles(RESULTS / "p10_without_tiles.json"),
             "planner": planner_table(entries),
             "ablation": ablation_table(RESULTS / "ablation.json"),
+            "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
         },
     }
@@ -306,6 +310,51 @@ def ablation_table(path: Path) -> str:
         lines.append(f"| {name} | {equal} | {steps} | {accuracy} | {forgetting} | {seconds:.2f}× |")
     seeds = sorted({run["seed"] for run in runs})
     lines += ["", f"`{ablation['recipe']}` cut to {ablation['tasks']} tasks, seeds {', '.join(map(str, seeds))}."]
+    return "\n".join([*lines, ""])
+
+
+def scaling_table(scaling: dict[str, Any], entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
+    """What ranks send and, predicted, how long a step then takes; below it, two ranks of one thread each, measured."""
+    machine, links, lines = Machine(rates["gemm"], rates["copy"]), {}, []
+    for name in dict.fromkeys(entry["workload"] for entry in scaling["sums"]):
+        links[name] = Link.of_two({e["bytes"]: e["seconds"] for e in scaling["sums"] if e["workload"] == name})
+    heads = " | ".join(f"{ranks}" for ranks in RANKS)
+    lines = [
+        "",
+        f"| workload, past tasks | MB a step | ms with {heads} ranks | fastest with |",
+        f"|{'---|' * (3 + len(RANKS))}",
+    ]
+    for name, past in dict.fromkeys((entry["workload"], entry["past"]) for entry in scaling["steps"]):
+        shapes = Shapes.of(WORKLOADS[name])
+        step, drift = (
+            {e["past"]: e["ours"]["median"] for e in entries if (e["what"], e.get("workload")) == (what, name)}
+            for what in ("step", "regularizer")
+        )
+        seconds = {
+            ranks: seconds_on_ranks(shapes, past, ranks, step[past], drift, machine, links[name])
+            for ranks in range(1, MOST_RANKS + 1)
+        }
+        cells = " | ".join(f"{1e3 * seconds[ranks]:.1f}" for ranks in RANKS)
+        sent = 1e-6 * FLOAT * sum(messages(shapes))
+        lines.append(f"| `{name}`, {past} | {sent:.1f} | {cells} | {min(seconds, key=seconds.__getitem__)} |")
+    found = {(e["workload"], e["past"], e["ranks"]): e["seconds"] for e in scaling["steps"]}
+    two = [
+        f"{found[name, past, 1] / found[name, past, 2]:.2f} (`{name}` at {past})"
+        for name, past, ranks in found
+        if ranks == 1
+    ]
+    rate = ", ".join(
+        f"{1e-9 * link.rate:.2f} GB/s and {1e6 * link.latency:.0f} us a round (`{n}`)" for n, link in links.items()
+    )
+    environment = scaling["environment"]
+    lines += [
+        "",
+        "*MB a step*: gradients, loss and drift; in a ring of K a rank sends 2 (K-1) / K times as much. *Fastest*: of up to "
+        f"{MOST_RANKS} ranks.",
+        f"gloo between two processes: {rate}.",
+        f"Measured, two ranks of one thread each against one such: times faster {', '.join(two)};",
+        f"shortest of several calls, {environment['machine']}, commit {environment['commit']}, {environment['date']}.",
+    ]
     return "\n".join([*lines, ""])
 
 
