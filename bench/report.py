@@ -339,7 +339,7 @@ def scaling_table(scaling: dict[str, Any], entries: list[dict[str, Any]], rates:
             lines.append(f"| `{name}`, {past} | {1e-6 * FLOAT * sum(messages(shapes)):.1f} | {cells} | {best} |")
     lines += [
         "",
-        f"In a ring a rank sends 2 (K-1) / K times those MB. Between two processes gloo reaches {' and '.join(links)} a round:",
+        f"In a ring a rank sends 2 (K-1) / K times those MB. gloo, between two processes: {' and '.join(links)} a round;",
         f"{where['machine']}, torch {where['torch']}, commit {where['commit']}, {where['date']}.",
     ]
     return "\n".join([*lines, ""])
