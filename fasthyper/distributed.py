@@ -160,12 +160,12 @@ def join(device: str | None = None) -> Iterator[Ranks]:
         yield Ranks()
         return
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu":
+    if device.startswith("cuda"):
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"more processes here than the {gpus} GPUs: start at most {gpus} per node, or use --device cpu")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     yield Ranks(dist.group.WORLD, device)
     dist.destroy_process_group()  # not after an error, where the others may be gone: the process ends anyway
