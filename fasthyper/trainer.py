@@ -708,16 +708,13 @@ class Trainer:
         """Drift of past tasks' weights, ``own`` of ``tasks``, at these values of what moves, and its gradients for them."""
         num_theta = len(self.hnet.theta)
         embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
-        value, grads, grad_embeddings = self.regularizer.value_and_grad(
-            held[:num_theta],
-            embeddings if embeddings is None or tasks is not None else embeddings[own],
-            tasks=None if tasks is None else tasks[own],
-        )
+        some = embeddings if embeddings is None or tasks is not None else embeddings[own]
+        tasks = None if tasks is None else tasks[own]
+        value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], some, tasks=tasks)
         if embeddings is not None:
             if len(grad_embeddings) < len(embeddings):
-                whole = torch.zeros_like(embeddings)
-                whole[own if tasks is None else tasks[own]] = grad_embeddings
-                grad_embeddings = whole
+                places = torch.arange(len(embeddings), device=embeddings.device)[own] if tasks is None else tasks
+                grad_embeddings = torch.zeros_like(embeddings).index_copy_(0, places, grad_embeddings)
             grads = [*grads, *grad_embeddings]
         return value, grads
 
