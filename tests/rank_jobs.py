@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -134,9 +133,8 @@ def work(rank, count, directory):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     directory, report = Path(directory), {}
-    timeout = timedelta(minutes=5)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=count, timeout=timeout)
-    groups = {size: dist.new_group(range(size), timeout=timeout) for size in range(2, count + 1)}
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=count)
+    groups = {size: dist.new_group(range(size)) for size in range(2, count + 1)}
 
     for size, group in groups.items():
         if rank >= size:
