@@ -16,9 +16,11 @@ from typing import Any
 import report_gpu
 import report_soak
 
-from fasthyper.bench.costs import Work
+from fasthyper.bench.costs import FLOAT, Shapes, Work, messages
 from fasthyper.bench.figure import times_figure
-from fasthyper.bench.machine import Machine
+from fasthyper.bench.machine import Link, Machine
+from fasthyper.bench.predict import seconds_on_ranks
+from fasthyper.bench.workloads import WORKLOADS
 from fasthyper.metrics import Results
 from fasthyper.recipes import RECIPES, measured, with_error
 
@@ -31,6 +33,7 @@ GOALS = (  # of the project: times faster than the peer
     *(("step", "p10", 10, 12), ("step", "p100", 10, 5), ("step", "p100", 100, 25)),
     *(("step", "p100-aligned", 10, 6), ("step", "p100-aligned", 100, 27)),
 )
+RANKS, MOST_RANKS = (1, 2, 4, 8, 16), 65  # of the scaling table; below which the fastest is looked for
 CEILING_TEXT = (
     "\n*/ ceiling*: our time over that of the counted work at the machine's best float32 product and copy rates, measured\n"
     "in the same run; below 1 where tile units or caches do better than those."
@@ -60,6 +63,7 @@ def main() -> int:
             "goals": goals_table(entries, ceiling) + without_tiles(RESULTS / "p10_without_tiles.json"),
             "planner": planner_table(entries),
             "ablation": ablation_table(RESULTS / "ablation.json"),
+            "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
             "soak": report_soak.text(report_soak.load(RESULTS)),
         },
@@ -308,6 +312,38 @@ def ablation_table(path: Path) -> str:
         lines.append(f"| {name} | {equal} | {steps} | {accuracy} | {forgetting} | {seconds:.2f}× |")
     seeds = sorted({run["seed"] for run in runs})
     lines += ["", f"`{ablation['recipe']}` cut to {ablation['tasks']} tasks, seeds {', '.join(map(str, seeds))}."]
+    return "\n".join([*lines, ""])
+
+
+def scaling_table(scaling: dict[str, Any], entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
+    """What ranks send, and how long a step then takes, as predicted from those of one and from sums of two."""
+    machine, where = Machine(rates["gemm"], rates["copy"]), scaling["environment"]
+    lines = [
+        "",
+        f"| workload, past tasks | MB a step | {' | '.join(f'ms, K = {ranks}' for ranks in RANKS)} | fastest K |",
+        f"|{'---|' * (3 + len(RANKS))}",
+    ]
+    links = []
+    for name in dict.fromkeys(entry["workload"] for entry in scaling["sums"]):
+        link = Link.of_two({entry["bytes"]: entry["seconds"] for entry in scaling["sums"] if entry["workload"] == name})
+        links.append(f"{1e-9 * link.rate:.2f} GB/s after {1e6 * link.latency:.0f} us (`{name}`)")
+        shapes = Shapes.of(WORKLOADS[name])
+        step, drift = (
+            {e["past"]: e["ours"]["median"] for e in entries if (e["what"], e.get("workload")) == (what, name)}
+            for what in ("step", "regularizer")
+        )
+        for past, alone in step.items():
+            seconds = {
+                ranks: seconds_on_ranks(shapes, past, ranks, alone, drift, machine, link) for ranks in range(1, MOST_RANKS)
+            }
+            cells = " | ".join(f"{1e3 * seconds[ranks]:.1f}" for ranks in RANKS)
+            best = min(seconds, key=seconds.__getitem__)
+            lines.append(f"| `{name}`, {past} | {1e-6 * FLOAT * sum(messages(shapes)):.1f} | {cells} | {best} |")
+    lines += [
+        "",
+        f"In a ring a rank sends 2 (K-1) / K times those MB. gloo, between two processes: {' and '.join(links)} a round;",
+        f"{where['machine']}, torch {where['torch']}, commit {where['commit']}, {where['date']}.",
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -9,10 +9,18 @@
 
 from fasthyper.version import __version__  # isort: skip  (checks torch before anything else needs it)
 
-from fasthyper import loggers, metrics, nets, ops, streams
+from fasthyper import distributed, loggers, metrics, nets, ops, streams
 from fasthyper._backend import backends
 from fasthyper.compat.convert import from_hypercl, from_hypnettorch, to_hypercl, to_hypnettorch
-from fasthyper.errors import CheckpointError, DataError, FasthyperError, MissingPackageError, NonFiniteLossError, RecipeError
+from fasthyper.errors import (
+    CheckpointError,
+    DataError,
+    FasthyperError,
+    LostProcessError,
+    MissingPackageError,
+    NonFiniteLossError,
+    RecipeError,
+)
 from fasthyper.export import load
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.inference import infer_tasks
@@ -30,6 +38,7 @@ __all__ = [
     "FasthyperError",
     "HnetR",
     "HnetTIR",
+    "LostProcessError",
     "MissingPackageError",
     "NonFiniteLossError",
     "OutputRegularizer",
@@ -40,6 +49,7 @@ __all__ = [
     "__version__",
     "backends",
     "candidate_step",
+    "distributed",
     "from_hypercl",
     "from_hypnettorch",
     "infer_tasks",

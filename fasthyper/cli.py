@@ -21,6 +21,7 @@ import torch
 import fasthyper
 from fasthyper.bench.verbs import add_verbs
 from fasthyper.checkpoint import SAVE_EVERY, holds_run, read_results
+from fasthyper.distributed import Ranks, join
 from fasthyper.environment import cpu_name
 from fasthyper.errors import FasthyperError, RecipeError
 from fasthyper.export import load
@@ -180,12 +181,18 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> None:
     recipe = dataclasses.replace(args.recipe, **_settings(args))
     out = args.out or Path("runs") / recipe.name
+    args.show = not args.json
     log: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if args.json else print
-    log(f"{recipe.name}: {recipe.about}")
     runs: dict[Path, Runner] = {}
-    for seed in range(recipe.seed, recipe.seed + args.seeds):
-        args.out = out if args.seeds == 1 else out / f"seed-{seed}"  # what an interrupt speaks of
-        runs[args.out] = _run_one(dataclasses.replace(recipe, seed=seed), args, log)
+    with join(args.device) as ranks:
+        if not ranks.is_first:
+            args.show, log = False, lambda line: None
+        log(f"{recipe.name}: {recipe.about}")
+        for seed in range(recipe.seed, recipe.seed + args.seeds):
+            args.out = out if args.seeds == 1 else out / f"seed-{seed}"  # what an interrupt speaks of
+            runs[args.out] = _run_one(dataclasses.replace(recipe, seed=seed), args, log, ranks)
+    if not ranks.is_first:
+        return
     scores = [trainer.results.scores() for trainer in runs.values()]
     if args.json:
         plain = [{key: None if value != value else value for key, value in entry.items()} for entry in scores]
@@ -202,22 +209,23 @@ def _run(args: argparse.Namespace) -> None:
         log(f"report: {_write_report(list(runs), out)}")
 
 
-def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None]) -> Runner:
+def _run_one(recipe: Recipe, args: argparse.Namespace, log: Callable[[str], None], ranks: Ranks) -> Runner:
     """One seed, into ``args.out``."""
     if args.seeds > 1:
         log(f"seed {recipe.seed}")
     trainer = run(
         recipe,
         args.out,
-        progress=not args.json,
+        progress=args.show,
         log=log,
         loggers=lambda: [open_logger(kind, args.out, recipe.name, dataclasses.asdict(recipe)) for kind in args.log],
-        device=args.device,
+        device=args.device if ranks.device is None else str(ranks.device),
+        ranks=ranks,
         save_every=args.save_every,
         on_nonfinite=args.on_nonfinite,
         memory_budget=args.memory_budget,
     )
-    if not args.json:
+    if args.show:
         print(f"\n{trainer.results.summary()}\n")
     return trainer
 

@@ -26,5 +26,9 @@ class NonFiniteLossError(FasthyperError):
     indices: list[int] | list[list[int]] | None = None
 
 
+class LostProcessError(FasthyperError):
+    """Another process of a job that trains together has ended, or does not answer."""
+
+
 class MissingPackageError(FasthyperError, ImportError):
     """An optional package is not installed."""

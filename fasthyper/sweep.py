@@ -83,7 +83,7 @@ class Parameter:
             raise ValueError(f"{argument!r} must begin above 0 to be drawn by its logarithm")
         return cls(name, given, low, high, how == "log", whole)
 
-    def draw(self, trial: Trial) -> Any:
+    def draw(self, trial: Trial | FrozenTrial) -> Any:
         """What the trial has, or is given now. Numbers have four digits, so that a command line says all of them."""
         if self.choices:
             return converter(self.name)(trial.suggest_categorical(self.name, self.choices))

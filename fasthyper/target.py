@@ -118,6 +118,12 @@ class Target:
         return self.pieces[-1].stop
 
     @property
+    def mixes_examples(self) -> bool:
+        """Whether an example's outputs, in training, or what is kept of them, depend on the rest of the batch."""
+        norms = (isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.module.modules())
+        return self.statistics is not None or any(norms)
+
+    @property
     def num_heads(self) -> int | None:
         """Tasks that have an output head; ``None`` where all share the outputs."""
         return None if self._layer_heads is None else self._layer_heads.count

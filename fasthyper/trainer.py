@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
+from fasthyper.distributed import Part, Ranks
 from fasthyper.environment import environment
-from fasthyper.errors import FasthyperError, NonFiniteLossError
+from fasthyper.errors import FasthyperError, LostProcessError, NonFiniteLossError
 from fasthyper.export import UNFIT, rebuild, unfit, with_prefix
 from fasthyper.graph import RUNTIMES, Runtime, StepGraph
 from fasthyper.hypernet import ChunkedHypernet
@@ -88,10 +90,14 @@ class Trainer:
         settings: JSON-ready facts to keep in checkpoints and reports, such as the recipe that made this trainer.
         progress: whether to show a bar.
         loggers: told of steps, finished tasks and evaluations; see ``fh.loggers``.
+        ranks: of a job of several processes, ``fh.distributed.join()`` in each: all call the same methods on the same data,
+            the first alone writes and shows anything, and each takes its share of the batch, of the past tasks and of the
+            tasks to evaluate; what comes of it are the numbers of one process, to rounding. A target whose batch norm
+            looks across the batch is run on all of it by each. Steps are run as they are, not as CUDA graphs.
 
     Raises:
         ValueError: unknown optimizer, schedule, ``on_nonfinite`` or ``embedding_init``, a negative number where none can be,
-            or ``graph=True`` elsewhere than on CUDA.
+            or ``graph=True`` elsewhere than on CUDA or with several ranks.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Trainer:
         settings: dict[str, Any] | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        ranks: Ranks | None = None,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -128,6 +135,9 @@ class Trainer:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
         if embedding_init not in ("normal", "previous", "mean"):
             raise ValueError(f"embedding_init must be 'normal', 'previous' or 'mean', got {embedding_init!r}")
+        self.ranks = ranks or Ranks()
+        if graph and self.ranks.count > 1:
+            raise ValueError(f"a CUDA graph holds no exchange of {self.ranks.count} processes: graph must be False or None")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
         if on_nonfinite not in ON_NONFINITE:
@@ -157,13 +167,13 @@ class Trainer:
         if graph and self.device.type not in RUNTIMES:
             raise ValueError(f"graph=True needs a CUDA device, the hypernetwork is on {self.device}")
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
-        self.out = None if out is None else Path(out)
-        self.progress, self.loggers = progress, list(loggers)
+        self.out = Path(out) if out is not None and self.ranks.is_first else None
+        self.progress, self.loggers = progress and self.ranks.is_first, list(loggers) if self.ranks.is_first else []
         self.loss, self.infer = loss, infer
         self.results = Results(measure=LOSSES[loss].measure)
         self.regularizer = OutputRegularizer(hnet, memory_budget=memory_budget)
         self.on_nonfinite = on_nonfinite
-        self.graph = graph
+        self.graph = graph if self.ranks.count == 1 else False
         self._current: TaskInTraining | None = None
         self._runtime: Runtime | None = None
         self._rng: dict[str, Tensor] = {}  # of a checkpoint, until a task goes on from it
@@ -210,19 +220,22 @@ class Trainer:
                         batch, inputs = self._inputs(current, data, batches.indices(step))
                         self._advance(current, batch, *inputs)
                         show(step + 1, *current.latest)
-                        if interrupted():
+                        if self.ranks.stops(bool(interrupted())):
                             break
                         self._saver.save_if_due()
                     self._collect(wait=True)
                     show(current.steps, *current.latest)
-            except NonFiniteLossError as error:
+            except (NonFiniteLossError, LostProcessError) as error:  # nothing has changed in this step
                 self._saver.save()
                 self._saver.flush()
+                if isinstance(error, LostProcessError):
+                    raise
                 raise spoiled(error, self._saver.directory, batches.indices(current.record.steps)) from error
-            if signum := interrupted():
+            signum = interrupted()
+            if self.ranks.any(bool(signum)):
                 self._saver.save()
                 self._saver.flush()
-                raise stopped_by(signum)
+                raise stopped_by(signum or signal.SIGINT)
         return self.end_task()
 
     def begin_task(self, *, steps: int, name: str = "") -> int:
@@ -241,6 +254,7 @@ class Trainer:
         self._collect(wait=True)
         self.hnet.train()
         if self._current is None:
+            self.ranks.copy_first_(self.hnet.state_dict().values())
             self._start_embedding(len(self.results.tasks))
             self._current = self._begin(len(self.results.tasks), name)
         current = self._current
@@ -362,13 +376,12 @@ class Trainer:
         if method is not None and self.loss != "cross_entropy":
             raise ValueError(f"to infer tasks needs classes, loss={self.loss!r} has none")
         named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
-        pairs = list(named.items())
-        if self.loss != "cross_entropy":
-            found = errors_on(self.hnet, pairs)
-        elif method is None:
-            found = accuracies_on(self.hnet, pairs)
-        else:
-            found = accuracies_on(self.hnet, pairs, self.results.held, method)
+        options = () if method is None else (self.results.held, method)
+
+        def measure(pairs: Sequence[tuple[int, TaskData]]) -> list[float]:
+            return errors_on(self.hnet, pairs) if self.loss != "cross_entropy" else accuracies_on(self.hnet, pairs, *options)
+
+        found = self.ranks.spread(list(named.items()), measure)
         accuracies = dict(zip(named, found, strict=True))
         if self.results.tasks and method == self.infer:
             trained = len(self.results.tasks) - 1
@@ -380,13 +393,15 @@ class Trainer:
         return list(accuracies.values())
 
     def save(self, directory: str | Path) -> None:
-        """Writes the whole state to ``directory``: ``checkpoint.safetensors`` and ``results.json``.
+        """Writes the whole state to ``directory``: ``checkpoint.safetensors`` and ``results.json``; of ranks the first does.
 
         Raises:
             CheckpointError: it cannot be written or holds other files; what was there before is unchanged.
             NonFiniteLossError: found in steps whose numbers were not yet read.
         """
-        checkpoint.save(Path(directory), *self._contents())
+        contents = self._contents()
+        if self.ranks.is_first:
+            checkpoint.save(Path(directory), *contents)
 
     def flush(self) -> None:
         """Waits until what was to be saved in ``out`` lies there.
@@ -422,7 +437,7 @@ class Trainer:
         if self._current is not None:
             state["current"] = self._current.record.to_json()
             tensors |= self._current.tensors()
-            tensors |= {f"snapshot.{i}": tensor for i, tensor in enumerate(self.regularizer.state())}
+            tensors |= {f"snapshot.{i}": t for i, t in enumerate([*self.regularizer.theta0, self._current.embeddings0])}
         return tensors, state
 
     @classmethod
@@ -436,6 +451,7 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool = True,
         loggers: Sequence[Logger] = (),
+        ranks: Ranks | None = None,
         **more: Any,
     ) -> _Self:
         """The trainer that ``save`` wrote; it goes on bit for bit as the saved one would have.
@@ -443,13 +459,16 @@ class Trainer:
         Args:
             directory: where ``save`` wrote.
             target: the target network, if it is not one of ``fh.nets``, which are rebuilt from the checkpoint.
-            device, graph, out, progress, loggers: as in the constructor.  more: ``save_every`` and the like, as there.
+            device, graph, out, progress, loggers, ranks: as in the constructor. The first rank alone reads; there may be
+                more or fewer than when it was saved, to rounding.
+            more: ``save_every`` and the like, as there.
 
         Raises:
             CheckpointError: missing, damaged or foreign files, or a target that does not fit.
         """
-        tensors, state = checkpoint.load(Path(directory))
+        tensors, state = (ranks or Ranks()).of_first(lambda: checkpoint.load(Path(directory)))
         options = {"device": device, "graph": graph, "out": out, "progress": progress, "loggers": loggers, **more}
+        options |= {} if ranks is None else {"ranks": ranks}
         try:
             trainer = cls.from_state(tensors, state, target=target, **options)
         except UNFIT as error:
@@ -475,8 +494,11 @@ class Trainer:
             snapshot = with_prefix(tensors, "snapshot.")
             trainer._current = trainer._begin(record.index, record.name)
             trainer._current.restore(record, tensors)
-            state_of_it = [snapshot[str(i)] for i in range(len(snapshot))]
-            trainer.regularizer.restore(trainer.results.held, state_of_it, sampled=trainer.reg_tasks)
+            *theta0, embeddings0 = (snapshot[str(i)] for i in range(len(snapshot)))
+            own = trainer._own_past()
+            state_of_it = [*theta0, embeddings0[own]]
+            trainer.regularizer.restore(trainer.results.held[own], state_of_it, sampled=trainer.reg_tasks)
+            trainer._current.embeddings0 = embeddings0.to(trainer.device)
         return trainer
 
     def _total_steps(self) -> int:
@@ -539,7 +561,7 @@ class Trainer:
         """New optimizers, and a snapshot of what the past tasks generate now."""
         embedding, rest = self.hnet.embedding(index), [p for p in self.hnet.rest if p.requires_grad]
         held = [*self.hnet.theta, *([self.hnet.embedding(t) for t in self.results.held] if self.plastic else [])]
-        self.regularizer.snapshot(self.results.held, sampled=self.reg_tasks)
+        self.regularizer.snapshot(self.results.held[self._own_past()], sampled=self.reg_tasks)
         lr = self.config["lr"]
         groups = [{"params": [embedding], "lr": self.config["lr_embedding"] or lr}, *([{"params": rest}] if rest else [])]
         current = TaskInTraining(
@@ -549,6 +571,7 @@ class Trainer:
             held_optimizer=self._optimizer(held, lr),
             free_optimizer=self._optimizer(groups, lr),
             before=self._total_steps(),
+            embeddings0=self.hnet.embeddings(self.results.held).detach().clone(),
         )
         if self.graph is not False and self.device.type in RUNTIMES:
             optimizers, scheduled = (current.held_optimizer, current.free_optimizer), self.config["schedule"] != "constant"
@@ -671,20 +694,10 @@ class Trainer:
         parameters, statistics = [*now.held, *now.free], self.hnet.statistics
         rows = () if statistics is None else statistics.rows(now.record.index)  # the forward pass writes to them
         rows_before = [row.clone() for row in rows]
-        loss = self._task_loss(x.to(self.hnet.basis.dtype), y, now.record.index)
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        values: list[Tensor] = [loss.detach(), total(grads)]  # gradients of a finite drift are finite
-        drift_grads: list[Tensor] = []
-        if self._has_drift(now):
-            ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
-            value, drift_grads = self._drift(ahead, tasks)
-            values.append(value)
-        numbers = torch.stack(values)
         try:
+            numbers, drift_grads = self._gradients(now, x, y, tasks, rows[:1])
             healthy = check(numbers)
-        except NonFiniteLossError:
+        except FasthyperError:
             for row, before in zip(rows, rows_before, strict=True):
                 row.copy_(before)
             raise
@@ -696,6 +709,37 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = None  # it lies where a graph's next launch writes
         return numbers
+
+    def _gradients(
+        self, now: TaskInTraining, x: Tensor, y: Tensor, tasks: Tensor | None, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What ``_update`` returns, and the drift's gradients; those of the loss are left with what moves.
+
+        Of several ranks each takes its share: of the examples, or, where a target looks across the batch, the mean of all
+        ranks' numbers, statistics ``rows`` included; of the past tasks. The look-ahead needs the whole gradient of the loss,
+        and the drift the look-ahead: these are two messages, without a look-ahead one.
+        """
+        own, share = self.ranks.share(len(y))
+        if self.ranks.count > 1 and self.hnet.target.mixes_examples:
+            own, share = slice(None), 1 / self.ranks.count
+        loss = self._task_loss(x[own].to(self.hnet.basis.dtype), y[own], now.record.index)
+        parameters = [*now.held, *now.free]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        loss, values = loss.detach(), []
+        drift_grads: list[Tensor] = []
+        to_sum: list[Part] = [([loss, *rows, *grads], share)]
+        if self._has_drift(now):
+            if self.lookahead:
+                self.ranks.sum_(to_sum.pop())
+            ahead = look_ahead(now.held_optimizer) if self.lookahead else [p.detach() for p in now.held]
+            own, share = self.ranks.share(len(self.results.held) if tasks is None else len(tasks))
+            value, drift_grads = self._drift(ahead, tasks, own)
+            values.append(value)
+            to_sum.append(([value, *drift_grads], share))
+        self.ranks.sum_(*to_sum)
+        return torch.stack([loss, total(grads), *values]), drift_grads  # gradients of a finite drift are finite
 
     def _inputs(
         self, now: TaskInTraining, data: TaskData, indices: Tensor
@@ -721,14 +765,22 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
 
-    def _drift(self, held: Sequence[Tensor], tasks: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Drift of the past tasks' weights at these values of what moves, and its gradients for them."""
+    def _own_past(self) -> slice:
+        """Of which past tasks, by place, this rank has a snapshot: of all where a step samples some."""
+        past = len(self.results.held)
+        return self.ranks.share(past)[0] if self.reg_tasks is None or self.reg_tasks >= past else slice(None)
+
+    def _drift(self, held: Sequence[Tensor], tasks: Tensor | None, own: slice) -> tuple[Tensor, list[Tensor]]:
+        """Drift of past tasks' weights, ``own`` of ``tasks``, at these values of what moves, and its gradients for them."""
         num_theta = len(self.hnet.theta)
         embeddings = torch.stack(list(held[num_theta:])) if self.plastic else None
-        value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], embeddings, tasks=tasks)
-        if self.plastic:
-            if tasks is not None:
-                grad_embeddings = torch.zeros_like(self.regularizer.embeddings0).index_copy_(0, tasks, grad_embeddings)
+        some = embeddings if embeddings is None or tasks is not None else embeddings[own]
+        tasks = None if tasks is None else tasks[own]
+        value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], some, tasks=tasks)
+        if embeddings is not None:
+            if len(grad_embeddings) < len(embeddings):
+                places = torch.arange(len(embeddings), device=embeddings.device)[own] if tasks is None else tasks
+                grad_embeddings = torch.zeros_like(embeddings).index_copy_(0, places, grad_embeddings)
             grads = [*grads, *grad_embeddings]
         return value, grads
 

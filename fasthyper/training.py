@@ -30,9 +30,11 @@ class TaskInTraining:
         free: list[nn.Parameter],
         held_optimizer: torch.optim.Optimizer,
         free_optimizer: torch.optim.Optimizer,
+        embeddings0: Tensor,
         before: int = 0,
     ):
         self.record, self.held, self.free = record, held, free
+        self.embeddings0 = embeddings0  # of all past tasks, when it began
         self.held_optimizer, self.free_optimizer = held_optimizer, free_optimizer
         self.planned, self.clock = 0, 0.0  # steps to come in all; when the last one was noted
         self.before = before  # steps of the tasks before it

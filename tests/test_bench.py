@@ -1,6 +1,7 @@
 """``fasthyper bench`` and ``fasthyper compare``, and the counts behind them."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,9 +10,10 @@ import torch
 from test_cli import cli
 
 from fasthyper.bench import machine, measure, peers, predict
-from fasthyper.bench.costs import Shapes, drift_work, step_work, target_macs
-from fasthyper.bench.machine import Machine
+from fasthyper.bench.costs import FLOAT, Shapes, drift_work, messages, step_work, target_macs
+from fasthyper.bench.machine import Link, Machine
 from fasthyper.bench.memory import STATUS, peak_memory
+from fasthyper.bench.predict import seconds_on_ranks
 from fasthyper.bench.workloads import CASES, WORKLOADS, Workload, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -29,6 +31,34 @@ LINEAR = replace(
 )
 RATES = Machine(gemm=1e11, copy=1e10)
 HAVE = [name for name in ("hypnettorch", "eager") if peers.missing(name) is None]
+
+
+def test_a_ring_passes_on_a_message_twice():
+    """Latency and rate of two ranks give their own times back; of many, two rounds of all but one part."""
+    link = Link.of_two({8: 2e-4, 8_000_008: 2e-4 + 8e-3})
+    assert link.latency == pytest.approx(1e-4) and link.rate == pytest.approx(1.000001e9)
+    assert link.seconds(8_000_008, 2) == pytest.approx(2e-4 + 8e-3)
+    assert link.seconds(8_000_008, 5) == pytest.approx(2 * 4 * (1e-4 + 1.6e-3))
+    assert link.seconds(8_000_008, 1) == 0
+
+
+def test_ranks_share_what_grows_with_tasks_and_examples():
+    shapes, alone, drift = Shapes.of(TINY), 1.0, {2: 0.2, 10: 0.36, 100: 0.9}
+    free = Link(0.0, math.inf)
+
+    def seconds(ranks, past=100, link=free):
+        return seconds_on_ranks(shapes, past, ranks, alone, drift, RATES, link)
+
+    assert seconds(1) == alone
+    work = {past: drift_work(shapes, past).macs for past in (10, 50, 100)}
+    part = (work[50] - work[10]) / (work[100] - work[10])
+    moved = 6 * FLOAT * sum(messages(shapes)) / RATES.copy
+    target = shapes.target_macs / RATES.gemm  # half of two flops each
+    assert seconds(2) == pytest.approx(alone - 0.9 + 0.36 + part * (0.9 - 0.36) - target + moved)
+    assert seconds(10) == pytest.approx(alone - 0.9 + 0.36 - 2 * target * 0.9 + moved)
+    assert seconds(64) == pytest.approx(alone - 0.9 + 0.2 - 2 * target * 63 / 64 + moved)  # two past tasks
+    assert seconds(8, past=2) == pytest.approx(alone - 2 * target * 7 / 8 + moved)  # no less than the fewest measured
+    assert seconds(4, link=Link(0.1, math.inf)) == pytest.approx(seconds(4) + 2 * 2 * 3 * 0.1)  # two messages
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "fasthyper"
 ALLOWED = {
     "version": set(),
     "errors": set(),
+    "distributed": {"errors"},
     "activations": set(),
     "layout": set(),
     "interrupt": set(),
@@ -49,8 +50,8 @@ ALLOWED = {
     "graph": set(),
     "training": {"export", "graph", "metrics"},
     "trainer": {
-        *("checkpoint", "environment", "errors", "export", "graph", "hypernet", "inference", "interrupt", "loggers"),
-        *("lookahead", "losses", "metrics", "nets", "progress", "regularizer", "streams", "training"),
+        *("checkpoint", "distributed", "environment", "errors", "export", "graph", "hypernet", "inference", "interrupt"),
+        *("loggers", "lookahead", "losses", "metrics", "nets", "progress", "regularizer", "streams", "training"),
     },
     "replay_model": {"hypernet", "mixed", "nets", "streams", "trainer", "training"},
     "replay": {
@@ -69,7 +70,8 @@ ALLOWED = {
         *("progress", "replay_model", "streams", "trainer", "training"),
     },
     "recipes": {
-        *("checkpoint", "errors", "hypernet", "loggers", "metrics", "nets", "replay", "replay_model", "streams", "trainer"),
+        *("checkpoint", "distributed", "errors", "hypernet", "loggers", "metrics", "nets", "replay", "replay_model"),
+        *("streams", "trainer"),
     },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
     "sweep": {"errors", "loggers", "losses", "metrics", "recipes"},
@@ -81,8 +83,8 @@ ALLOWED = {
         *("regularizer", "streams", "trainer", "trunk", "vision"),
     },
     "cli": {
-        *("bench", "checkpoint", "environment", "errors", "export", "inference", "interrupt", "loggers", "metrics"),
-        *("planner", "recipes", "report", "streams", "sweep", "trainer"),
+        *("bench", "checkpoint", "distributed", "environment", "errors", "export", "inference", "interrupt", "loggers"),
+        *("metrics", "planner", "recipes", "report", "streams", "sweep", "trainer"),
     },
     "__main__": {"cli"},
 }

@@ -143,6 +143,16 @@ def step_work(shapes: Shapes, past: int) -> Work:
     return drift_work(shapes, past) + task_work(shapes)
 
 
+def messages(shapes: Shapes, *, lookahead: bool = True, plastic: int = 0) -> list[int]:
+    """Numbers in each message of a step of several ranks: gradients, loss and drift, and whether a rank asks to stop.
+
+    The loss has a gradient of theta, of the task's embedding and of those of ``plastic`` past tasks, the drift all but one.
+    """
+    held = shapes.num_theta + plastic * shapes.task_dim
+    loss, drift = 1 + held + shapes.task_dim, 1 + held
+    return [loss + 1, drift + 1] if lookahead else [loss + drift + 1]
+
+
 def _layers(shapes: Shapes) -> int:
     """Multiply-adds of one row in the trunk."""
     return sum(i * o for i, o in pairwise((shapes.task_dim + shapes.chunk_dim, *shapes.hidden)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,27 @@ class Machine:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ceiling": CEILING}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a ring of ranks, each linked to the next, needs to sum a message.
+
+    In 2 (K-1) rounds each rank passes on a K-th of it: ``latency``, seconds of a round; ``rate``, bytes a second.
+    """
+
+    latency: float
+    rate: float
+
+    @staticmethod
+    def of_two(seconds: Mapping[int, float]) -> Link:
+        """From the time of messages of so many bytes, a short and a long one, between two ranks."""
+        short, long = min(seconds), max(seconds)
+        return Link(seconds[short] / 2, long / (seconds[long] - seconds[short]))
+
+    def seconds(self, num_bytes: int, ranks: int) -> float:
+        """Of a message."""
+        return 2 * (ranks - 1) * (self.latency + num_bytes / ranks / self.rate)
 
 
 def gemm_rate(m: int, k: int, n: int) -> float:

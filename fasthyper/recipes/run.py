@@ -13,6 +13,7 @@ from torch import nn
 
 from fasthyper import nets, streams
 from fasthyper.checkpoint import SAMPLES, claim, holds_run, read_results, write
+from fasthyper.distributed import Ranks
 from fasthyper.errors import CheckpointError, RecipeError
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.loggers import Logger
@@ -68,34 +69,45 @@ def run(
     log: Callable[[str], None] = print,
     loggers: Callable[[], Sequence[Logger]] = list,
     device: str | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Runner:
     """Trains ``recipe`` into ``out``, or goes on with it; evaluates the tasks so far after each one.
 
     ``loggers`` makes the trainer's loggers, once ``out`` is known to be ours; they are closed at the end. ``device``: where
-    to train; ``None``: on a GPU, if there is one. ``options``: ``save_every``, ``on_nonfinite`` and ``memory_budget`` of
-    ``Trainer``, which a run may be gone on with otherwise.
+    to train; ``None``: on a GPU, if there is one. ``ranks``: as ``Trainer`` has them. ``options``: ``save_every``,
+    ``on_nonfinite`` and ``memory_budget`` of ``Trainer``, which a run may be gone on with otherwise.
 
     Raises:
-        ValueError: a setting that cannot be.  DataError: the data cannot be had.
+        ValueError: a setting that cannot be, or several ranks for HNET+TIR or HNET+R.  DataError: the data cannot be had.
         CheckpointError: ``out`` holds something else, or the same recipe with other settings.
     """
     for what, known in CHOICES.items():
         if getattr(recipe, what) not in known:
             raise ValueError(f"unknown {what} {getattr(recipe, what)!r}; choose from {', '.join(known)}")
-    claim(out, recipe.name)
-    if recipe.stream.endswith("-mnist"):
-        fetch(recipe.base, recipe.data_dir, log)  # a first download takes a while, and says what it does
-    stream = STREAMS[recipe.stream](recipe)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    runner = _resumed(recipe, out, progress, device, options) or _new(recipe, stream, out, progress, device, options)
+    ranks = ranks or Ranks()
+    if ranks.count > 1 and class_of(recipe) is not Trainer:
+        raise ValueError(f"method {recipe.method!r} trains in one process, not in {ranks.count}: run it without torchrun")
+    if ranks.is_first:
+        claim(out, recipe.name)
+
+    def make_stream() -> streams.Stream:
+        if recipe.stream.endswith("-mnist"):
+            fetch(recipe.base, recipe.data_dir, log)  # a first download takes a while, and says what it does
+        return STREAMS[recipe.stream](recipe)
+
+    stream = ranks.first_then_others(make_stream)
+    options |= {"out": out, "progress": progress, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    options |= {"ranks": ranks} if ranks.count > 1 else {}
+    is_there = ranks.any(ranks.is_first and holds_run(out))
+    runner = _resumed(recipe, out, options) if is_there else _new(recipe, stream, options)
     done = len(runner.results.tasks)
     if done == len(stream):
         log(f"{out} holds all {done} tasks already; nothing to train")
-    elif holds_run(out):
+    elif is_there:
         into = f", {runner.current_step} steps into the next" if isinstance(runner, Trainer) else ""
         log(f"going on in {out}: {done} of {len(stream)} tasks are done{into}")
-    runner.loggers = list(loggers()) if done < len(stream) else []
+    runner.loggers = list(loggers()) if done < len(stream) and ranks.is_first else []
     try:
         if done and (done - 1) not in runner.results.accuracy:
             runner.evaluate(_due(recipe, stream, done))
@@ -160,11 +172,9 @@ def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
     return stream[:done] if done % recipe.evaluate_every == 0 or done == len(stream) else stream[done - 1 : done]
 
 
-def _resumed(recipe: Recipe, out: Path, progress: bool, device: str, options: dict[str, Any]) -> Runner | None:
-    """What ``out`` holds, if it holds anything: a run of the same settings."""
-    if not holds_run(out):
-        return None
-    runner: Runner = class_of(recipe).load(out, out=out, progress=progress, device=device, **options)
+def _resumed(recipe: Recipe, out: Path, options: dict[str, Any]) -> Runner:
+    """What ``out`` holds: a run of the same settings."""
+    runner: Runner = class_of(recipe).load(out, **options)
     found = runner.config["settings"] or {}
     other = [f"{k} is {found.get(k)} there, {new} here" for k, new in settings(recipe).items() if found.get(k) != new]
     if other:
@@ -184,13 +194,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
 
 
-def _new(recipe: Recipe, stream: streams.Stream, out: Path, progress: bool, device: str, options: dict[str, Any]) -> Runner:
+def _new(recipe: Recipe, stream: streams.Stream, options: dict[str, Any]) -> Runner:
     num_inputs, num_classes = stream[0].train.shape[1:].numel(), stream[0].num_classes
-    common: dict[str, Any] = {"name": recipe.name, "settings": settings(recipe), "progress": progress, "out": out, **options}
-    of_part: dict[str, Any] = {
-        "progress": progress,
-        **{key: options[key] for key in ("on_nonfinite", "memory_budget") if key in options},
-    }
+    common, device = {"name": recipe.name, "settings": settings(recipe), **options}, options["device"]
+    del common["device"]
+    of_part: dict[str, Any] = {key: options[key] for key in ("progress", "on_nonfinite", "memory_budget") if key in options}
     alone = class_of(recipe) is Trainer
     if class_of(recipe) is not HnetR:
         trainer = Trainer(
