@@ -260,7 +260,7 @@ class _Method(ABC):
             own = with_prefix(tensors, "net.")
             net = net if net is not None else without_memory(state["net"], len(own))
             for name, tensor in net.state_dict().items():
-                if own[name].dtype != tensor.dtype:
+                if own[name].is_floating_point() != tensor.is_floating_point():
                     raise ValueError(f"net.{name} is {own[name].dtype} in it")
             net.load_state_dict(own, assign=True)
             options: dict[str, Any] = {**trainers, "progress": progress, "loggers": loggers}

@@ -37,7 +37,7 @@ def assert_times(entry):
 
 def test_every_part_is_measured_and_nothing_failed(record):
     found, shown = record
-    assert found["format"] == "fasthyper-gpu-1" and found["failures"] == found["left_out"] == []
+    assert found["format"] == "fasthyper-gpu-2" and found["failures"] == found["left_out"] == []
     assert found["environment"]["commit"] == "abc" and found["environment"]["gpu"] == "none"
     assert all(found["rates"][name] > 0 for name in ("fp32", "tf32", "bf16", "copy"))
     assert {(row["workload"], row["what"]) for row in found["rows"]} == {
