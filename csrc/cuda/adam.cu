@@ -218,8 +218,8 @@ std::vector<Tensor> ahead(bool whole, std::vector<Tensor> params, std::vector<Te
     if (step.scalar_type() != ScalarType::Float) step = torch::stable::to(step, ScalarType::Double);
   for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
-    run<decltype(zero), false>(settings, whole, 0, params, grads, {}, exp_avgs, exp_avg_sqs, steps, outs, nullptr,
-                               rate, device.stream());
+    run<decltype(zero), false>(settings, whole, 0, params, grads, {}, exp_avgs, exp_avg_sqs, steps, outs, nullptr, rate,
+                               device.stream());
   });
   return outs;
 }
@@ -258,8 +258,8 @@ void adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   make_contiguous(more_grads);
   dispatch_floating(params[0], "adam", [&](auto zero) {
     run<decltype(zero), true>({lr, beta1, beta2, eps, weight_decay, decoupled}, true, scale, params, grads, more_grads,
-                              exp_avgs, exp_avg_sqs, steps, {}, healthy ? const_data<bool>(*healthy) : nullptr,
-                              rate, device.stream());
+                              exp_avgs, exp_avg_sqs, steps, {}, healthy ? const_data<bool>(*healthy) : nullptr, rate,
+                              device.stream());
   });
   for (const Tensor& step : steps)
     if (step.is_cpu()) dispatch_floating(step, "adam", [&](auto zero) { *data<decltype(zero)>(step) += 1; });
