@@ -302,7 +302,7 @@ def adam_delta_fwd(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -310,6 +310,7 @@ def adam_delta_fwd(
     decoupled: bool,
 ) -> Tensor:
     """The step that Adam (``decoupled``: AdamW) would take from these moments, which stay as they are (E4)."""
+    lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=grad.dtype, device=grad.device)  # the same bits
     if not decoupled and weight_decay:
         grad = grad + weight_decay * param
     m = beta1 * exp_avg + (1 - beta1) * grad
@@ -334,9 +335,9 @@ def adam_ahead(
     rate: Tensor | None = None,
 ) -> list[Tensor]:
     """E4 for many parameters, each with its step added. ``rate``, one number, multiplies ``lr``."""
-    lr = lr if rate is None else lr * rate.to(params[0].dtype)  # type: ignore[assignment]
+    lr_of_all = lr if rate is None or not params else lr * rate.to(params[0].dtype)
     states = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    return [state[0] + adam_delta_fwd(*state, lr, beta1, beta2, eps, weight_decay, decoupled) for state in states]
+    return [state[0] + adam_delta_fwd(*state, lr_of_all, beta1, beta2, eps, weight_decay, decoupled) for state in states]
 
 
 def adam_step_(
@@ -360,12 +361,12 @@ def adam_step_(
 
     Nothing changes where ``healthy``, one bool, is false. ``rate`` is as in ``adam_ahead``.
     """
-    lr = lr if rate is None else lr * rate.to(params[0].dtype)  # type: ignore[assignment]
+    lr_of_all = lr if rate is None or not params else lr * rate.to(params[0].dtype)
     if more_grads:
         grads = [g + scale * more for g, more in zip(grads, more_grads, strict=True)]
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         l2 = grad if decoupled or not weight_decay else grad + weight_decay * param
-        delta = adam_delta_fwd(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, decoupled)
+        delta = adam_delta_fwd(param, grad, exp_avg, exp_avg_sq, step, lr_of_all, beta1, beta2, eps, weight_decay, decoupled)
         after = param + delta, beta1 * exp_avg + (1 - beta1) * l2, beta2 * exp_avg_sq + (1 - beta2) * l2 * l2, step + 1
         for old, new in zip((param, exp_avg, exp_avg_sq, step), after, strict=True):
             old.copy_(new if healthy is None else torch.where(healthy, new, old))
