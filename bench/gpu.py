@@ -480,7 +480,8 @@ def implementations(op: str, device: Device) -> dict[str, Callable[..., Any]]:
 def registered(op: str) -> str:
     """Where what is bound for CUDA comes from: a C++ file, or ``/dev/null`` for Python."""
     lines = torch._C._dispatch_dump(f"fasthyper::_{op}").splitlines()
-    return next((line.strip() for line in lines if line.startswith("CUDA")), "CompositeExplicitAutograd: the reference")
+    found = next((line.strip() for line in lines if line.startswith("CUDA")), "CompositeExplicitAutograd: the reference")
+    return found.replace(f"{Path(__file__).parents[1]}/", "")
 
 
 def surroundings(device: Device) -> dict[str, str]:
