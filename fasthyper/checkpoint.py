@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasthyper.errors import CheckpointError
+from fasthyper.errors import CheckpointError, one_line
 
 FORMAT = "fasthyper-checkpoint-1"
 HYPERNET_FORMAT = "fasthyper-hypernet-1"
@@ -67,7 +67,7 @@ def save(directory: Path, tensors: dict[str, Tensor], state: dict[str, Any], res
     Raises:
         CheckpointError: it cannot be written, or the directory is not ours.
     """
-    _settle(directory)
+    settle(directory)
     _save(directory, _copies(tensors), state, results)
 
 
@@ -133,7 +133,7 @@ class Saver:
         with self._lock:
             self._waiting = _copies(tensors), state, results
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._write_all, name="fasthyper-checkpoint")
+                self._thread = threading.Thread(target=self._write_all, args=(self.directory,), name="fasthyper-checkpoint")
                 self._thread.start()
         now = time.monotonic()
         self._due = now + max(self.every, (now - began) / SHARE)
@@ -157,7 +157,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write_all(self) -> None:
+    def _write_all(self, directory: Path) -> None:
         while True:
             with self._lock:
                 job, self._waiting = self._waiting, None
@@ -165,7 +165,7 @@ class Saver:
                     self._thread = None
                     return
             try:
-                _save(self.directory, *job)  # type: ignore[arg-type]
+                _save(directory, *job)
             except BaseException as error:
                 if not threading.main_thread().is_alive():  # nobody is left to be told later
                     raise
@@ -175,7 +175,7 @@ class Saver:
 _SAVERS: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
-def _settle(directory: Path) -> None:
+def settle(directory: Path) -> None:
     """Waits for what this process is writing there."""
     for saver in list(_SAVERS):
         if saver.directory is not None and saver.directory.absolute() == directory.absolute():
@@ -188,7 +188,7 @@ def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: missing, damaged, or of another format; it says how to go on from ``PREVIOUS`` if that is whole.
     """
-    _settle(directory)
+    settle(directory)
     path, previous = directory / CHECKPOINT, directory / PREVIOUS
     try:
         return read(path, FORMAT)
@@ -252,7 +252,7 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its state is no JSON object")
         return tensors, state
     except (SafetensorError, OSError, *UNREADABLE) as error:
-        raise CheckpointError(f"{path} is damaged or not a {format} file: {_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged or not a {format} file: {one_line(error)}") from error
 
 
 def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -269,7 +269,7 @@ def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     except (SafetensorError, OSError, *UNREADABLE) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {one_line(error)}") from error
 
 
 def _digest(tensors: dict[str, Tensor], state: str) -> str:
@@ -286,12 +286,7 @@ def _other(found: str | None, expected: str) -> str:
     kind, _, number = (found or "").rpartition("-")
     if kind == expected.rpartition("-")[0] and number.isdecimal():
         return f"{found}, of another version of fasthyper: upgrade"
-    return f"format: {_line(found)}"
-
-
-def _line(text: object) -> str:
-    """What a message quotes of a file: one line, not too long."""
-    return " ".join(str(text).split())[:300]
+    return f"format: {one_line(found)}"
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -300,7 +295,7 @@ def read_results(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or of another format.
     """
-    _settle(directory)
+    settle(directory)
     path = directory / RESULTS
     try:
         content = json.loads(path.read_bytes().decode())
@@ -311,7 +306,7 @@ def read_results(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"no {RESULTS} in {directory}: run `fasthyper run RECIPE --out {directory}` first") from error
     except (OSError, *UNREADABLE) as error:
         again = "; without it a run goes on, and writes it anew" if (directory / CHECKPOINT).exists() else ""
-        raise CheckpointError(f"{path} is damaged: {_line(error)}{again}") from error
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}{again}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,6 +1,11 @@
 """Errors that a person can mend. Each message is one clear line, fit to be shown without a traceback."""
 
 
+def one_line(text: object, most: int = 300) -> str:
+    """What a message quotes of a file or another's error: one line, not too long."""
+    return " ".join(str(text).split())[:most]
+
+
 class FasthyperError(Exception):
     """A mistake or a fault that a person can mend."""
 

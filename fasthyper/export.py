@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper import checkpoint, nets
-from fasthyper.errors import CheckpointError
+from fasthyper.errors import CheckpointError, one_line
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.init import INITS
 
@@ -95,7 +95,7 @@ def fill(module: nn.Module, leave: Container[str]) -> None:
 def unfit(path: Path, error: Exception) -> CheckpointError:
     """One line for what kept ``rebuild`` from its work."""
     what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-    return CheckpointError(f"{path} does not fit: {' '.join(what.split())[:300]}")
+    return CheckpointError(f"{path} does not fit: {one_line(what)}")
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

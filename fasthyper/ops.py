@@ -535,6 +535,8 @@ def adam_delta(
     for name, value in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_shape("adam_delta", name, value, param.shape)
     _check_shape("adam_delta", "step", step, ())
+    if step.device != param.device:
+        _check_not_captured("adam_delta", "step")
     settings = (lr, *betas, eps, weight_decay, decoupled)
     return _AdamDelta.apply(param, grad, exp_avg.detach(), exp_avg_sq.detach(), step, *settings)
 
@@ -624,6 +626,12 @@ def adam_step_(
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 
+def _check_not_captured(op: str, name: str) -> None:
+    """A count of steps on the CPU is read once, at the capture."""
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{op}: {name} is on the CPU, a CUDA graph needs it with the parameters; move it")
+
+
 def _split_rate(op: str, lr: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
     """A number, and what multiplies it on the device."""
     if not isinstance(lr, Tensor):
@@ -648,12 +656,10 @@ def _check_lists(op: str, params: Sequence[Tensor], steps: Sequence[Tensor], **l
     for i, step in enumerate(steps):
         if step.dim():
             _check_shape(op, f"steps[{i}]", step, ())
-        if step.device == params[0].device:
-            continue
-        if not step.is_cpu:
-            raise ValueError(f"{op}: steps[{i}] is on {step.device}, params[0] on {params[0].device}; move one")
-        if torch.cuda.is_current_stream_capturing():  # a count there is read once, at the capture
-            raise ValueError(f"{op}: steps[{i}] is on the CPU, a CUDA graph needs it on {params[0].device}; move it")
+        if step.device != params[0].device:
+            if not step.is_cpu:
+                raise ValueError(f"{op}: steps[{i}] is on {step.device}, params[0] on {params[0].device}; move one")
+            _check_not_captured(op, f"steps[{i}]")
     if params and params[0].dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: computes in float32 or float64, got {params[0].dtype}")
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasthyper.checkpoint import settle
 from fasthyper.errors import CheckpointError, MissingPackageError, NonFiniteLossError
 from fasthyper.loggers import Logger
 from fasthyper.losses import LOSSES
@@ -291,7 +292,7 @@ class Sweep:
 
 
 class _Watch(Logger):
-    """Reports the accuracy of each task just learned, gives up once it is saved, and stops where the parent has ended."""
+    """Reports the accuracy of each task just learned, gives up after it, and stops where the parent has ended."""
 
     def __init__(self, study: Study, trial: Trial, is_error: bool, num_tasks: int, parent: int | None):
         super().__init__(every=1)
@@ -309,7 +310,7 @@ class _Watch(Logger):
             self._trial.report(self._sign * accuracies[trained], trained)
 
     def saved(self, line: str) -> None:
-        """``run`` says something: after an evaluation, once it is saved."""
+        """``run`` says something: after an evaluation."""
         if self._due and self._trial.should_prune():
             raise _optuna().TrialPruned
         self._due = False
@@ -380,6 +381,7 @@ class _ForRay(Logger):
         from ray import tune
 
         if self._found:
+            settle(self._directory)  # Ray copies what lies there
             tune.report(self._found, checkpoint=tune.Checkpoint.from_directory(str(self._directory)))
             self._found = {}
 

@@ -66,8 +66,7 @@ class Trainer:
             with it what past tasks generate. n are the steps planned.
         loss: of a task: ``"cross_entropy"``, for class numbers, or ``"mse"``, for floating-point targets.
         embedding_init: how the embedding of a new task begins: ``"normal"``, as drawn; ``"previous"``, as that of the last
-            task that is not forgotten; ``"mean"``, as the mean over all of these, from where hundreds of tasks are learned
-            faster and with less drift.
+            task that is not forgotten; ``"mean"``, as the mean over all of these.
         infer: how ``evaluate`` finds the tasks of examples, as its ``infer``; ``None``: they are told.
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
@@ -571,7 +570,7 @@ class Trainer:
             held_optimizer=self._optimizer(held, lr),
             free_optimizer=self._optimizer(groups, lr),
             before=self._total_steps(),
-            embeddings0=self.hnet.embeddings(self.results.held).detach().clone(),
+            embeddings0=self._past_embeddings(),
         )
         if self.graph is not False and self.device.type in RUNTIMES:
             optimizers, scheduled = (current.held_optimizer, current.free_optimizer), self.config["schedule"] != "constant"
@@ -604,10 +603,8 @@ class Trainer:
 
             return self._update(now, *batch(*given[: len(inputs)]), *given[len(inputs) :], check=check)
 
-        tasks, depends_on = (
-            self._sampled_tasks(now),
-            (*(batch, self.hnet.training, self.beta, self.lookahead, self.on_nonfinite),),
-        )
+        tasks = self._sampled_tasks(now)
+        depends_on = batch, self.hnet.training, self.beta, self.lookahead, self.on_nonfinite
         obstacle = graph.launch(depends_on, run, inputs if tasks is None else (*inputs, tasks))
         now.unread.append((size, self._has_drift(now)))
         self._collect(wait=obstacle is not None)
@@ -764,6 +761,11 @@ class Trainer:
             return None
         generator = torch.Generator().manual_seed(seed)
         return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
+
+    def _past_embeddings(self) -> Tensor:
+        """Of all past tasks, as the task begins: the snapshot's, which of several ranks each has only its own of."""
+        alone = self.ranks.count == 1
+        return self.regularizer.embeddings0 if alone else self.hnet.embeddings(self.results.held).detach().clone()
 
     def _own_past(self) -> slice:
         """Of which past tasks, by place, this rank has a snapshot: of all where a step samples some."""

@@ -95,11 +95,7 @@ def _launch(param, grad, more, exp_avg, exp_avg_sq, step, healthy, rate, out, sc
 
 def _counted(step: Tensor, param: Tensor) -> Tensor | float:
     """A count for the kernel: on the device the tensor itself; on the CPU, a number, right each time that a call is made."""
-    if step.device == param.device:
-        return step
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("adam: a CUDA graph needs steps on the parameters' device, got some on the CPU")
-    return float(step)
+    return step if step.device == param.device else float(step)
 
 
 def adam_delta_fwd(

@@ -74,7 +74,7 @@ ALLOWED = {
         *("streams", "trainer"),
     },
     "report": {"checkpoint", "errors", "metrics", "recipes", "version"},
-    "sweep": {"errors", "loggers", "losses", "metrics", "recipes"},
+    "sweep": {"checkpoint", "errors", "loggers", "losses", "metrics", "recipes"},
     "bench": {
         *("compat", "environment", "errors", "hypernet", "layout", "metrics", "nets", "planner", "regularizer", "trainer"),
     },

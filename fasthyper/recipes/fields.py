@@ -10,12 +10,13 @@ from typing import Any
 from fasthyper.recipes.recipe import Recipe
 
 FIXED = ("name", "about", "source", "published")  # what a recipe is, rather than what it does
+HINTS = typing.get_type_hints(Recipe)
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in FIXED)
 
 
 def kind(name: str) -> tuple[type, bool]:
     """The type of a field, ``tuple`` for one of integers, and whether it may be ``None``."""
-    hint = typing.get_type_hints(Recipe)[name]
+    hint = HINTS[name]
     options = typing.get_args(hint)
     inner = next(option for option in options if option is not type(None)) if type(None) in options else hint
     return typing.get_origin(inner) or inner, type(None) in options

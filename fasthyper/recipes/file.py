@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fasthyper.errors import RecipeError
+from fasthyper.errors import RecipeError, one_line
 from fasthyper.recipes.catalogue import RECIPES
+from fasthyper.recipes.fields import HINTS, kind
 from fasthyper.recipes.recipe import Recipe
 
 LARGEST = 1 << 13  # bytes of a file; all settings there are take a quarter of it
-HINTS = typing.get_type_hints(Recipe)
 
 
 def read(path: Path) -> Recipe:
@@ -38,17 +38,17 @@ def read(path: Path) -> Recipe:
         found = tomllib.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
-        raise RecipeError(f"cannot read {path} ({_line(why)}): it should hold lines such as `beta = 0.01`") from error
+        raise RecipeError(f"cannot read {path} ({one_line(why)}): it should hold lines such as `beta = 0.01`") from error
     base = found.pop("recipe", None)
     if base is not None and base not in list(RECIPES):
-        raise RecipeError(f"{path}: unknown recipe {_line(reprlib.repr(base))}; {nearest(reprlib.repr(base), RECIPES)}")
+        raise RecipeError(f"{path}: unknown recipe {one_line(reprlib.repr(base))}; {nearest(reprlib.repr(base), RECIPES)}")
     known = dataclasses.asdict(RECIPES[base]) if base is not None else {"about": str(path), "source": ""}
-    optional = {key for key, hint in HINTS.items() if type(None) in typing.get_args(hint)}
+    optional = {key for key in HINTS if kind(key)[1]}
     changed = {key: None if value == "none" and key in optional else value for key, value in found.items()}
     recipe = of(str(path), {**known, "name": path.stem, "published": "", **changed})
     if not re.fullmatch(r"\w[\w.-]*", recipe.name):  # runs/NAME is where it is trained
         raise RecipeError(
-            f"{path}: name must be of letters, digits, `-`, `_` and `.`, got {_line(reprlib.repr(recipe.name))}"
+            f"{path}: name must be of letters, digits, `-`, `_` and `.`, got {one_line(reprlib.repr(recipe.name))}"
         )
     return recipe
 
@@ -62,21 +62,19 @@ def of(where: str, values: Mapping[str, Any]) -> Recipe:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in HINTS:
-            raise RecipeError(f"{where}: unknown setting {_line(reprlib.repr(key))}; {nearest(key, HINTS)}")
-        options = typing.get_args(HINTS[key])
-        if value is None and type(None) in options:
+            raise RecipeError(f"{where}: unknown setting {one_line(reprlib.repr(key))}; {nearest(key, HINTS)}")
+        inner, optional = kind(key)
+        if value is None and optional:
             checked[key] = None
-            continue
-        kind = options[0] if type(None) in options else HINTS[key]
-        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(map(_is_int, value)):
+        elif inner is tuple and isinstance(value, (list, tuple)) and all(map(_is_int, value)):
             checked[key] = tuple(value)
-        elif kind is float and _is_int(value):
+        elif inner is float and _is_int(value):
             checked[key] = float(value)
-        elif (kind is int and _is_int(value)) or (kind in (float, str, bool) and type(value) is kind):
+        elif (inner is int and _is_int(value)) or (inner in (float, str, bool) and type(value) is inner):
             checked[key] = value
         else:
-            wanted = "a list of integers" if typing.get_origin(kind) is tuple else f"of type {kind.__name__}"
-            raise RecipeError(f"{where}: {key} must be {wanted}, got {_line(reprlib.repr(value))}")
+            wanted = "a list of integers" if inner is tuple else f"of type {inner.__name__}"
+            raise RecipeError(f"{where}: {key} must be {wanted}, got {one_line(reprlib.repr(value))}")
     return Recipe(**checked)
 
 
@@ -88,7 +86,3 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def _is_int(value: Any) -> bool:
     return type(value) is int and -(1 << 63) <= value < 1 << 63
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:200]

