@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 _at_once = False  # a second signal ends the process, which is the command line's
+_asked = 0  # the signal that was to end that process: what it raises is lost in the middle of an import
 
 
 def stopped_by(signum: int) -> BaseException:
@@ -26,13 +27,13 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
     Where signals are ignored (a background job) or SIGTERM has a handler of somebody's own they stay so; outside the main
     thread nothing is done.
     """
-    requested = 0
+    requested = _asked
 
     def handler(signum: int, frame: FrameType | None) -> None:
         nonlocal requested
         if requested:
             _end(signum)
-        requested = signum
+        requested = _ask(signum)
 
     ours = (signal.SIG_DFL, signal.default_int_handler, _terminate)
     with _handling(
@@ -43,18 +44,25 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def whole_process() -> Iterator[None]:
-    """For a command line: SIGTERM raises as Ctrl-C does, and a second signal in ``deferred_interrupt`` ends the process."""
-    global _at_once
-    with _handling(_terminate, lambda signum, now: signum == signal.SIGTERM and now == signal.SIG_DFL):
-        _at_once = True
+    """For a command line: SIGTERM raises as Ctrl-C does, a second signal in ``deferred_interrupt`` ends the process, and one
+    that somebody swallowed, as imports do, is found there."""
+    global _at_once, _asked
+    with _handling(_terminate, lambda signum, now: now in (signal.SIG_DFL, signal.default_int_handler)):
+        _at_once, _asked = True, 0
         try:
             yield
         finally:
-            _at_once = False
+            _at_once, _asked = False, 0
+
+
+def _ask(signum: int) -> int:
+    global _asked
+    _asked = signum if _at_once else 0
+    return signum
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise stopped_by(signum)
+    raise stopped_by(_ask(signum))
 
 
 def _end(signum: int) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -195,6 +196,27 @@ def test_a_second_signal_ends_at_once(signum, foreground, monkeypatch):
     with interrupt.whole_process(), pytest.raises((KeyboardInterrupt, SystemExit)):
         twice()
     assert ended == [128 + signum]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_an_import_swallows_stops_the_next_loop(signum, foreground, monkeypatch):
+    """Python writes off what is raised in a callback of its import locks."""
+
+    class Held:
+        pass
+
+    lost = []
+    monkeypatch.setattr("sys.unraisablehook", lambda raised: lost.append(raised.exc_type))
+    with interrupt.whole_process():
+        held = Held()
+        watch = weakref.ref(held, lambda dead: os.kill(os.getpid(), signum))
+        del held
+        assert watch() is None and lost == [KeyboardInterrupt if signum == signal.SIGINT else SystemExit]
+        for _ in range(2):
+            with interrupt.deferred_interrupt() as interrupted:
+                assert interrupted() == signum
+    with interrupt.deferred_interrupt() as interrupted:
+        assert not interrupted()
 
 
 def test_a_handler_of_ones_own_stays(monkeypatch):
