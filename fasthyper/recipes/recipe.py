@@ -44,6 +44,7 @@ class Recipe:
     activation: str = "elu"
     layout: str = "flat"
     init: str = "xavier"
+    embedding_std: float = 1.0
     loss: str = "cross_entropy"
     steps: int = 5000
     epochs: int | None = None

@@ -48,7 +48,7 @@ TARGETS: dict[str, Callable[[Recipe, int, int], nn.Module]] = {
 
 Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, save and have results
 
-HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "seed")
+HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "embedding_std", "seed")
 TRAINER = (
     *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
     *("loss", "seed"),
