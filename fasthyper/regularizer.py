@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthyper import ops, reference
+from fasthyper.affine import AffineDrift
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
@@ -79,8 +80,15 @@ class OutputRegularizer:
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
         is_worth_it = sampled is None or self.num_past <= _WORTH * sampled
+        self._affine = AffineDrift(self.theta0[-1], self.embeddings0) if self._is_affine() else None
         if len(self.theta0) > 2 and is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
             self._pre0, self._gram0 = self._run_trunk0(self.num_past)
+
+    def _is_affine(self) -> bool:
+        """Whether all weights are one affine map of an embedding, and every task's are held alike."""
+        layout = self.hnet.layout
+        whole = layout.num_chunks == 1 and layout.chunk_size == layout.num_weights and not layout.heads
+        return self.form == "auto" and whole and len(self.theta0) == 2 and self.theta0[0].numel() == 0
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
         """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""
@@ -135,6 +143,8 @@ class OutputRegularizer:
         """
         arguments = self._arguments(theta, embeddings, tasks, scaling)
         if targets is None and importance is None:
+            if self._affine is not None and embeddings is None:
+                return self._affine.penalty(*self._of_affine(arguments))
             return ops.hypernet_drift(**arguments)
         theta, plan, options = arguments["theta"], arguments["plan"], {"weight": arguments["weight"]}
         options["importance"] = self._rows("importance", importance, tasks)
@@ -154,12 +164,25 @@ class OutputRegularizer:
         *,
         tasks: Sequence[int] | Tensor | None = None,
         scaling: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
 
         Arguments and errors are those of ``penalty``; with ``tasks``, the gradient of ``embeddings`` is ``[len(tasks), E]``.
+        It is ``None`` where ``embeddings`` are not given: those of the snapshot are held.
         """
-        return ops.hypernet_drift_value_and_grad(**self._arguments(theta, embeddings, tasks, scaling))
+        arguments = self._arguments(theta, embeddings, tasks, scaling)
+        if embeddings is not None:
+            return ops.hypernet_drift_value_and_grad(**arguments)
+        if self._affine is None:
+            return (*ops.hypernet_drift_value_and_grad(**arguments)[:2], None)
+        value, grad = self._affine.value_and_grad(*self._of_affine(arguments))
+        return value, [torch.zeros_like(arguments["theta"][0]), grad], None
+
+    def _of_affine(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What ``AffineDrift`` takes of those of ``ops.hypernet_drift``."""
+        embeddings, weight = arguments["embeddings0"], arguments["weight"]
+        is_all = embeddings is self.embeddings0 and weight is None
+        return arguments["theta"][-1], None if is_all else embeddings, weight
 
     def _arguments(
         self,

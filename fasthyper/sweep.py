@@ -24,7 +24,7 @@ from fasthyper.errors import CheckpointError, MissingPackageError, NonFiniteLoss
 from fasthyper.loggers import Logger
 from fasthyper.losses import LOSSES
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.recipes import RECIPES, Recipe, run, settings
+from fasthyper.recipes import RECIPES, Recipe, differences, run, settings
 from fasthyper.recipes.fields import FIELDS, converter, kind, text
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ class Sweep:
             raise CheckpointError(f"{self.out / JOURNAL} is damaged: {error}") from error
         finally:
             self._locks.free(0)
-        other = [f"{k} is {found.get(k)} there, {new} here" for k, new in facts.items() if found and found.get(k) != new]
-        if other:
-            raise CheckpointError(f"{self.out} holds another sweep ({'; '.join(other)}); name another directory")
+        if found is not None and (other := differences(found, facts)):
+            raise CheckpointError(f"{self.out} holds another sweep ({other}); name another directory")
         return study
 
     def _next(self, trials: int) -> Trial | None:

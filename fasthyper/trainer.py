@@ -779,7 +779,7 @@ class Trainer:
         some = embeddings if embeddings is None or tasks is not None else embeddings[own]
         tasks = None if tasks is None else tasks[own]
         value, grads, grad_embeddings = self.regularizer.value_and_grad(held[:num_theta], some, tasks=tasks)
-        if embeddings is not None:
+        if embeddings is not None and grad_embeddings is not None:
             if len(grad_embeddings) < len(embeddings):
                 places = torch.arange(len(embeddings), device=embeddings.device)[own] if tasks is None else tasks
                 grad_embeddings = torch.zeros_like(embeddings).index_copy_(0, places, grad_embeddings)

@@ -9,7 +9,7 @@ import torch
 
 from fasthyper import HnetR, HnetTIR, Trainer
 from fasthyper.metrics import accuracy_interval
-from fasthyper.recipes import RECIPES, evaluate, measured, run, with_error
+from fasthyper.recipes import RECIPES, differences, evaluate, measured, run, settings, with_error
 from fasthyper.recipes.measured import Measured
 from fasthyper.recipes.run import _beside_the_baseline, build, build_replay
 from fasthyper.streams import Task, TaskData, permuted_digits
@@ -154,3 +154,14 @@ def test_mean_and_standard_error():
 
 def test_what_is_kept_can_be_shown():
     assert all(name in RECIPES and len(runs.seeds) == len(runs.score) for name, runs in measured().items())
+
+
+def test_a_run_of_before_a_setting_was_there_had_its_default():
+    recipe = RECIPES["permuted-digits"]
+    there = {key: value for key, value in settings(recipe).items() if key not in ("embedding_std", "replay_hidden")}
+    assert differences(there, settings(recipe)) == ""
+    other = replace(recipe, embedding_std=0.5, replay_hidden=(3,))
+    assert differences(there, settings(other)) == (
+        "embedding_std is 1.0 there, 0.5 here; replay_hidden is [50, 150] there, [3] here"
+    )
+    assert differences({}, settings(recipe)).startswith("name is None there, permuted-digits here")

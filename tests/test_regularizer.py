@@ -236,7 +236,7 @@ def test_regularizer_without_stored_pre_activations(monkeypatch, outputs_per_tas
         regularizer = fh.OutputRegularizer(hnet, memory_budget=budget)
         regularizer.snapshot(4)
         assert bool(regularizer._pre0) == (budget > 0)
-        value, grads, grad_embeddings = regularizer.value_and_grad(ahead)
+        value, grads, grad_embeddings = regularizer.value_and_grad(ahead, regularizer.embeddings0)
         some = regularizer.penalty(ahead, tasks=[2, 0])
         weighed = regularizer.penalty(ahead, importance=torch.ones(4, hnet.layout.num_weights, dtype=torch.float64))
         results.append([value, *grads, grad_embeddings, some, weighed])

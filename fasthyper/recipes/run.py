@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,10 +175,8 @@ def _due(recipe: Recipe, stream: streams.Stream, done: int) -> streams.Stream:
 def _resumed(recipe: Recipe, out: Path, options: dict[str, Any]) -> Runner:
     """What ``out`` holds: a run of the same settings."""
     runner: Runner = class_of(recipe).load(out, **options)
-    found = runner.config["settings"] or {}
-    other = [f"{k} is {found.get(k)} there, {new} here" for k, new in settings(recipe).items() if found.get(k) != new]
-    if other:
-        raise CheckpointError(f"{out} holds a run with other settings ({'; '.join(other)}); name another directory")
+    if other := differences(runner.config["settings"] or {}, settings(recipe)):
+        raise CheckpointError(f"{out} holds a run with other settings ({other}); name another directory")
     return runner
 
 
@@ -192,6 +190,12 @@ def class_of(recipe: Recipe) -> type[Trainer] | type[HnetTIR] | type[HnetR]:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What a run keeps of its recipe, JSON-ready."""
     return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "published"}))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Which settings are others in a directory than asked for, in words; a field it was written without had its default."""
+    then = settings(Recipe("", "", "")) | dict(there) if there else {}
+    return "; ".join(f"{key} is {then.get(key)} there, {new} here" for key, new in here.items() if then.get(key) != new)
 
 
 def _new(recipe: Recipe, stream: streams.Stream, options: dict[str, Any]) -> Runner:
