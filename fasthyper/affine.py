@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fasthyper.planner import by_moments
+
 
 class AffineDrift:
     """Of weights ``V [e_t | 1]`` of past tasks, with nothing but ``V`` moving.
@@ -51,7 +53,7 @@ class AffineDrift:
         """Rows x = [e | 1], their weights and, where a product with it is cheaper than two with the rows, 2 sum w x x'."""
         rows = torch.cat([embeddings, embeddings.new_ones(len(embeddings), 1)], 1)
         weight = rows.new_full((len(rows),), 1 / max(1, len(rows))) if weight is None else weight
-        if 2 * len(rows) <= rows.shape[1]:
+        if not by_moments(len(rows), embeddings.shape[1]):
             return rows, weight, None
         exact = rows.double()
         return rows, weight, ((2 * weight.double() * exact.T) @ exact).to(rows.dtype)

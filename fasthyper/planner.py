@@ -45,6 +45,17 @@ def direct_cost(cells: int, rows: int, cols: int, width: int) -> float:
     return DIRECT_MAC * direct_macs(cells, width) + DIRECT_ELEMENT * (rows + cols) * width
 
 
+def is_affine(layout: Layout, chunk_dim: int, layers: Sequence[object]) -> bool:
+    """Whether all weights are one affine map of a task's embedding, V [e | 1], and all of them are held for all tasks."""
+    is_one = layout.num_chunks == 1 and layout.chunk_size == layout.num_weights
+    return is_one and not layout.heads and chunk_dim == 0 and not layers
+
+
+def by_moments(num_tasks: int, width: int) -> bool:
+    """Whether an affine drift is cheaper by one product with sum w x x' than by two with the rows x = [e | 1]."""
+    return 2 * num_tasks > width + 1
+
+
 def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
     """Memory of a snapshot's pre-activations, one of each trunk layer for each chunk of each task."""
     return num_tasks * num_chunks * sum(widths) * itemsize

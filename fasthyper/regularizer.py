@@ -11,7 +11,7 @@ from torch import Tensor
 from fasthyper import ops, reference
 from fasthyper.affine import AffineDrift
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, drift_plan, is_affine, snapshot_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
@@ -80,15 +80,10 @@ class OutputRegularizer:
         self._pre0: list[Tensor] = []
         self._gram0: Tensor | None = None
         is_worth_it = sampled is None or self.num_past <= _WORTH * sampled
-        self._affine = AffineDrift(self.theta0[-1], self.embeddings0) if self._is_affine() else None
+        one_map = is_affine(self.hnet.layout, self.theta0[0].shape[1], self.theta0[1:-1]) and self.form == "auto"
+        self._affine = AffineDrift(self.theta0[-1], self.embeddings0) if one_map else None
         if len(self.theta0) > 2 and is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
             self._pre0, self._gram0 = self._run_trunk0(self.num_past)
-
-    def _is_affine(self) -> bool:
-        """Whether all weights are one affine map of an embedding, and every task's are held alike."""
-        layout = self.hnet.layout
-        whole = layout.num_chunks == 1 and layout.chunk_size == layout.num_weights and not layout.heads
-        return self.form == "auto" and whole and len(self.theta0) == 2 and self.theta0[0].numel() == 0
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
         """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import cli
 
+import fasthyper as fh
 from fasthyper.bench import machine, measure, peers, predict
 from fasthyper.bench.costs import FLOAT, Shapes, drift_work, messages, step_work, target_macs
 from fasthyper.bench.machine import Link, Machine
@@ -29,6 +30,7 @@ FULL = replace(TINY, name="full", hnet={**TINY.hnet, "chunk_size": None})
 LINEAR = replace(
     TINY, name="linear", hnet={"chunk_size": 20, "hidden": (), "task_dim": 4, "chunk_dim": 3, "activation": "relu"}
 )
+AFFINE = replace(LINEAR, name="affine", hnet={**LINEAR.hnet, "chunk_size": None})
 RATES = Machine(gemm=1e11, copy=1e10)
 HAVE = [name for name in ("hypnettorch", "eager") if peers.missing(name) is None]
 
@@ -221,6 +223,18 @@ def test_drift_work_counts_every_multiply_add(workload, past, form, monkeypatch)
     monkeypatch.setattr(costs, "drift_plan", lambda *a, trunk: drift_plan(*a, form, trunk=trunk))
     shapes = Shapes.of(workload)
     assert drift_work(shapes, past).macs == sum(1 for _ in multiply_adds(shapes, past, form))
+
+
+@pytest.mark.parametrize("past", [1, 2, 3, 30])
+def test_drift_work_of_one_affine_map_is_that_of_its_products(past):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hnet = AFFINE.build(past)
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(past)
+    with FlopCounterMode(display=False) as counter:
+        regularizer.value_and_grad()
+    assert drift_work(Shapes.of(AFFINE), past).macs == counter.get_total_flops() // 2
 
 
 def multiply_adds(shapes, past, form):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasthyper.bench.workloads import Workload
 from fasthyper.layout import Layout
-from fasthyper.planner import MEMORY_BUDGET, drift_plan, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, by_moments, drift_plan, is_affine, snapshot_bytes
 
 FLOAT = 4  # bytes
 
@@ -97,6 +97,9 @@ def drift_work(shapes: Shapes, past: int) -> Work:
     """
     rows = past * shapes.num_chunks
     width, full = shapes.width, 2 * shapes.width + 1
+    if is_affine(shapes.layout, shapes.chunk_dim, shapes.hidden):  # D = V - V*, then D C or D x', in two more passes
+        products = width + 1 if by_moments(past, width) else 2 * past
+        return Work(shapes.chunk_size * (width + 1) * products, FLOAT * 7 * shapes.chunk_size * (width + 1))
     macs = 0
     if shapes.hidden:
         first, *_ = shapes.hidden
