@@ -20,7 +20,7 @@ from typing import Any
 
 from fasthyper.checkpoint import read_results
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.recipes import RECIPES, evaluate, settings
+from fasthyper.recipes import RECIPES, Recipe, evaluate, settings
 from fasthyper.recipes.run import class_of
 from fasthyper.trainer import Trainer
 
@@ -42,7 +42,7 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     runs: dict[int, tuple[Results, dict[str, Any]]] = {}
     for directory in directories:
         content = read_results(directory)
-        config, results = content["config"], Results.from_json(content["results"])
+        config, results = settings(Recipe("", "", "")) | content["config"], Results.from_json(content["results"])
         for key in wanted.keys() - (EVALUATED if again else FREE):
             if config.get(key) != wanted[key]:
                 raise ValueError(f"{directory}: {key} is {config.get(key)}, in the recipe {wanted[key]}")
@@ -54,12 +54,14 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
             results = replace(results, accuracy={len(found) - 1: dict(enumerate(found.values()))})
         runs[config["seed"]] = results, content["environment"]
     seeds = sorted(runs)
-    environment = runs[seeds[0]][1]
+    scores, environment = {seed: runs[seed][0].scores() for seed in seeds}, runs[seeds[0]][1]
     threads = int(environment["threads"])
     return {
         "seeds": seeds,
         "score": [score(runs[seed][0]) for seed in seeds],
-        "largest_drop": None if again else [runs[seed][0].scores()["largest_drop"] for seed in seeds],
+        "largest_drop": None if again else [scores[seed]["largest_drop"] for seed in seeds],
+        "forgetting": None if again else [scores[seed]["forgetting"] for seed in seeds],
+        "peak_memory": [runs[seed][0].peak_memory for seed in seeds],
         "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
         "measure": runs[seeds[0]][0].measure,
         "where": f"{threads} thread{'s' if threads > 1 else ''} of {environment['machine'].split(',')[0]}",
