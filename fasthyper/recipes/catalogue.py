@@ -221,11 +221,11 @@ _ALL = (
         hidden=(),
         task_dim=512,
         embedding_std=0.3,
-        steps=100,
+        steps=80,
         lr=5e-4,
         lr_embedding=2e-2,
         schedule="warmup-cosine",
-        beta=2.0,
+        beta=4.0,
         evaluate_every=50,
     ),
     Recipe(
