@@ -13,6 +13,8 @@ SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuz
 
 # what no backend changes
 ONCE := fuzz_files report_in_browser cuda_compiles cuda_emulated kernels_compile
+# what differs where no extension was built: which implementation serves, and all that is run from outside
+PURE := packaging cli trainer regularizer affine candidate_step inference checkpoint export examples docs
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step
 
 # exact versions and hashes of what .dev installs beside torch, for this Python and platform; others go by constraints.txt
@@ -46,13 +48,14 @@ reference: $(VENV)/.dev
 triton: $(VENV)/.dev
 	TRITON_INTERPRET=1 FASTHYPER_BACKEND=triton pytest --hypothesis-profile=few -k '(bound or direct_kernels) and not slots and not (drift and f64)' $(TRITON:%=tests/test_%.py)
 
-# what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours
+# what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours;
+# every test of what serves there, plain PyTorch, is in `reference`
 pure: $(VENV)/.dev
 	rm -rf build/pure && $(PYTHON) -m venv --without-pip build/pure
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo build/pure/lib/python3*`/site-packages/borrowed.pth
 	FASTHYPER_BUILD=none build/pure/bin/python -m pip install -q --no-build-isolation --no-deps --ignore-installed .
 	cd build && FASTHYPER_BACKEND=auto pure/bin/python -c 'import fasthyper; assert "not built" in fasthyper.backends()["cpu"]'
-	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. $(ONCE:%=--ignore=../tests/test_%.py) ../tests
+	cd build && FASTHYPER_BACKEND=auto pure/bin/python -m pytest -c ../pyproject.toml --rootdir .. $(PURE:%=../tests/test_%.py)
 
 # compiles the CUDA sources where nvcc is; it may find no GPU
 cuda: $(VENV)/.dev
