@@ -73,6 +73,24 @@ def test_regularizer_takes_it_where_past_embeddings_are_held(monkeypatch, past, 
         assert moving[2].shape == (past if tasks is None else 2, 6)
 
 
+@pytest.mark.parametrize("past", [2, 7])
+def test_a_step_with_it_compiles(past):
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(3, (4,), 2), 8, chunk_size=None, hidden=(), task_dim=6, dtype=torch.float64)
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(past)
+    with torch.no_grad():
+        hnet.basis.add_(0.1)
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def loss():
+        return hnet(x, past).square().mean() + regularizer.penalty()
+
+    leaves = [hnet.basis, hnet.embedding(past)]
+    want = torch.autograd.grad(loss(), leaves)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"chunk_size": 7}, {"hidden": (3,)}, {"outputs_per_task": 1}],
