@@ -16,7 +16,7 @@ from fasthyper.streams.stream import TaskData
 
 BATCH = 2048  # examples of a task that are evaluated at once
 INFERRED_AT_ONCE = 8 * BATCH  # examples for which the weights of all tasks are made once
-MEMORY = 1 << 30  # bytes, about, that the tasks run at once may take
+MEMORY, CACHED = 1 << 30, 1 << 25  # bytes, about, that the tasks run at once may take on a GPU, and on a CPU
 
 Pair = tuple[int, TaskData]
 
@@ -269,4 +269,5 @@ def _tasks_at_once(hnet: ChunkedHypernet, numbers: int) -> int:
     weights = hnet.target.num_weights
     if not may_vmap(hnet.target) or (hnet.basis.is_cpu and weights > MOST_WEIGHTS):
         return 1
-    return max(1, MEMORY // (hnet.basis.element_size() * (3 * weights + 4 * numbers)))  # with copies and activations
+    memory = CACHED if hnet.basis.is_cpu else MEMORY
+    return max(1, memory // (hnet.basis.element_size() * (3 * weights + 4 * numbers)))  # with copies and activations
