@@ -66,7 +66,7 @@ def test_groups_fit_in_memory_and_the_device_is_read_once(monkeypatch):
     assert trainer.evaluate(tasks) == want
     assert calls == [list(range(7))] and len(reads) == 1
     calls.clear()
-    monkeypatch.setattr(inference, "MEMORY", 3 * 8 * (3 * hnet.target.num_weights + 4 * 90 * 6))
+    monkeypatch.setattr(inference, "CACHED", 3 * 8 * (3 * hnet.target.num_weights + 4 * 90 * 6))
     assert trainer.evaluate(tasks[::-1]) == want[::-1]
     assert calls == [[6, 5, 4], [3, 2, 1], 0]
     calls.clear()
