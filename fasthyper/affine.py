@@ -37,6 +37,8 @@ class AffineDrift:
             basis: V now.
             embeddings: ``[k, E]`` of those past tasks that are taken; ``None``: of all, weighted alike.
             weight: ``[k]``; ``None``: 1/k.
+
+        Both in the dtype of ``basis``, dimensionless; the value ``[]`` is never negative, 0 without tasks.
         """
         with torch.autocast(basis.device.type, enabled=False):
             rows, weight, moments = self._all if embeddings is None else self._factors(embeddings, weight)
