@@ -20,7 +20,7 @@ from typing import Any
 
 from fasthyper.checkpoint import read_results
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.recipes import RECIPES, differences, evaluate, settings
+from fasthyper.recipes import RECIPES, Recipe, evaluate, settings
 from fasthyper.recipes.run import class_of
 from fasthyper.trainer import Trainer
 
@@ -42,10 +42,10 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     runs: dict[int, tuple[Results, dict[str, Any]]] = {}
     for directory in directories:
         content = read_results(directory)
-        config, results = content["config"], Results.from_json(content["results"])
-        free = EVALUATED if again else FREE
-        if other := differences(config, {key: value for key, value in wanted.items() if key not in free}):
-            raise ValueError(f"{directory}: {other}, in the recipe")
+        config, results = settings(Recipe("", "", "")) | content["config"], Results.from_json(content["results"])
+        for key in wanted.keys() - (EVALUATED if again else FREE):
+            if config.get(key) != wanted[key]:
+                raise ValueError(f"{directory}: {key} is {config.get(key)}, in the recipe {wanted[key]}")
         if len(results.tasks) != wanted["num_tasks"] or math.isnan(score(results)):
             raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
         if again:
