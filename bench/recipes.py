@@ -27,7 +27,15 @@ from fasthyper.trainer import Trainer
 FILE = Path(__file__).parent / "results" / "recipes.json"
 FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
 REPLAY = ("replay_hidden", "replay_chunk_size", "replay_beta")
-EVALUATED = (*FREE, *REPLAY, "name", "scenario", "method", "evaluate_every")  # nor, of a trainer alone, what is trained
+EVALUATED = (
+    *FREE,
+    *REPLAY,
+    "name",
+    "scenario",
+    "method",
+    "temperature",
+    "evaluate_every",
+)  # nor what a trainer alone trains
 
 
 def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
             raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
         if again:
             infer = False if wanted["scenario"] == "task" else wanted["method"]
-            found = evaluate(directory, infer)
+            found = evaluate(directory, infer, wanted["temperature"])
             results = replace(results, accuracy={len(found) - 1: dict(enumerate(found.values()))})
         runs[config["seed"]] = results, content["environment"]
     seeds = sorted(runs)

@@ -127,6 +127,7 @@ def _parser() -> _Parser:
     verb.add_argument(
         "--infer", choices=("no", *METHODS), help="how to find the tasks of examples (default: as the recipe has it)"
     )
+    verb.add_argument("--temperature", type=float, help="that divides the outputs it is found by (default: the recipe's)")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
     verb.set_defaults(command=_eval)
 
@@ -277,7 +278,7 @@ def _work_together(argv: list[str], workers: int, threads: int) -> int:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    found = evaluate(args.directory, False if args.infer == "no" else args.infer)
+    found = evaluate(args.directory, False if args.infer == "no" else args.infer, args.temperature)
     if args.json:
         print(json.dumps(found))
         return

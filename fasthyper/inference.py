@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,17 +156,23 @@ def log_entropy(y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracies_on(
-    hnet: ChunkedHypernet, pairs: Sequence[Pair], among: Sequence[int] | None = None, method: str = "entropy"
+    hnet: ChunkedHypernet,
+    pairs: Sequence[Pair],
+    among: Sequence[int] | None = None,
+    method: str = "entropy",
+    temperature: float = 1.0,
 ) -> list[float]:
     """Accuracy, a fraction, on the data of each (task, data); the device is read once. Leaves ``hnet`` in evaluation mode.
 
-    ``among``: the task of each example is inferred among these by ``method``; where tasks have heads it must be right, too.
+    ``among``: the task of each example is inferred among these, as ``infer_tasks`` does by ``method`` and ``temperature``;
+    where tasks have heads it must be right, too.
     """
     hnet.eval()
     if among is None:
         hits = _sums(hnet, pairs, _hits)
     else:
-        hits = [_inferred_hits(hnet, task, data.to(hnet.basis.device), among, method) for task, data in pairs]
+        how = {"method": method, "temperature": temperature}
+        hits = [_inferred_hits(hnet, task, data.to(hnet.basis.device), among, **how) for task, data in pairs]
     return _means(hits, pairs)
 
 
@@ -222,11 +229,11 @@ def _sums(hnet: ChunkedHypernet, pairs: Sequence[Pair], add: Callable[[Tensor, T
     return sums
 
 
-def _inferred_hits(hnet: ChunkedHypernet, task: int, data: TaskData, among: Sequence[int], method: str) -> Tensor:
+def _inferred_hits(hnet: ChunkedHypernet, task: int, data: TaskData, among: Sequence[int], **how: Any) -> Tensor:
     hits = torch.zeros((), dtype=torch.int64, device=data.device)
     for indices in torch.arange(len(data), device=data.device).split(INFERRED_AT_ONCE):
         x, labels = data.batch(indices)
-        found, outputs, _ = infer_tasks(hnet, x, among, method=method)
+        found, outputs, _ = infer_tasks(hnet, x, among, **how)
         right = outputs.argmax(1) == hnet.target.own_labels(labels, task)
         hits += (right if hnet.target.outputs_per_task is None else right & (found == task)).sum()
     return hits

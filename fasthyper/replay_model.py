@@ -69,7 +69,7 @@ class ReplayModel(Trainer):
         super().__init__(hnet, **options)
         self.vae = vae
 
-    def evaluate(self, tasks: Any, *, infer: bool | str | None = None) -> list[float]:
+    def evaluate(self, tasks: Any, *, infer: bool | str | None = None, temperature: float | None = None) -> list[float]:
         """A replay model has no accuracy.
 
         Raises:

@@ -68,6 +68,7 @@ class Trainer:
         embedding_init: how the embedding of a new task begins: ``"normal"``, as drawn; ``"previous"``, as that of the last
             task that is not forgotten; ``"mean"``, as the mean over all of these.
         infer: how ``evaluate`` finds the tasks of examples, as its ``infer``; ``None``: they are told.
+        temperature: of the outputs that ``infer`` looks at, as ``fh.infer_tasks`` has it.
         seed: of batches and of sampled tasks, which depend on it, the task and the step only.
         device: where to train; ``None``: where ``hnet`` is.
         graph: whether a step is one launch of a CUDA graph, captured anew for each task, with the same numbers; ``None``: on
@@ -115,6 +116,7 @@ class Trainer:
         loss: str = "cross_entropy",
         embedding_init: str = "normal",
         infer: str | None = None,
+        temperature: float = 1.0,
         seed: int = 0,
         device: torch.device | str | None = None,
         graph: bool | None = None,
@@ -143,6 +145,8 @@ class Trainer:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
         if infer not in (None, *METHODS):
             raise ValueError(f"infer must be None or one of {', '.join(METHODS)}, got {infer!r}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
         if lr <= 0 or (lr_embedding or lr) <= 0 or beta < 0 or seed < 0 or (reg_tasks is not None and reg_tasks < 1):
             raise ValueError("lr and lr_embedding must be positive, beta and seed not negative, reg_tasks at least 1")
         self.config: dict[str, Any] = {
@@ -158,6 +162,7 @@ class Trainer:
             "loss": loss,
             "embedding_init": embedding_init,
             "infer": infer,
+            "temperature": temperature,
             "seed": seed,
             "name": name,
             "settings": settings,
@@ -168,7 +173,7 @@ class Trainer:
         self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
         self.out = Path(out) if out is not None and self.ranks.is_first else None
         self.progress, self.loggers = progress and self.ranks.is_first, list(loggers) if self.ranks.is_first else []
-        self.loss, self.infer = loss, infer
+        self.loss, self.infer, self.temperature = loss, infer, temperature
         self.results = Results(measure=LOSSES[loss].measure)
         self.regularizer = OutputRegularizer(hnet, memory_budget=memory_budget)
         self.on_nonfinite = on_nonfinite
@@ -353,7 +358,7 @@ class Trainer:
             self._saver.save()
         return curve
 
-    def evaluate(self, tasks: Any, *, infer: bool | str | None = None) -> list[float]:
+    def evaluate(self, tasks: Any, *, infer: bool | str | None = None, temperature: float | None = None) -> list[float]:
         """Accuracy, a fraction, on each task's test data, or mean squared error where that is the loss.
 
         Evaluated the way the trainer was made for, it becomes the row of the last trained task in ``results``.
@@ -364,6 +369,7 @@ class Trainer:
             infer: do not tell the task of an example, infer it among those trained, and not forgotten, so far, as
                 ``fh.infer_tasks`` does by ``"entropy"``, which ``True`` stands for, or by ``"gradient"``. An example is
                 right if its label is and, with output heads of the tasks' own, the task. ``results`` stay as they are.
+            temperature: of the outputs, as there; ``None``: the trainer's.
 
         Labels of task t may be numbered within its own head, ``0 .. C-1``, or over all, ``t*C .. t*C + C-1``, as those of
         class-incremental streams are; so may those of ``fit``. With one head for all tasks they are numbers of its outputs.
@@ -375,14 +381,15 @@ class Trainer:
         if method is not None and self.loss != "cross_entropy":
             raise ValueError(f"to infer tasks needs classes, loss={self.loss!r} has none")
         named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
-        options = () if method is None else (self.results.held, method)
+        temperature = self.temperature if temperature is None else temperature
+        options = () if method is None else (self.results.held, method, temperature)
 
         def measure(pairs: Sequence[tuple[int, TaskData]]) -> list[float]:
             return errors_on(self.hnet, pairs) if self.loss != "cross_entropy" else accuracies_on(self.hnet, pairs, *options)
 
         found = self.ranks.spread(list(named.items()), measure)
         accuracies = dict(zip(named, found, strict=True))
-        if self.results.tasks and method == self.infer:
+        if self.results.tasks and method == self.infer and (method is None or temperature == self.temperature):
             trained = len(self.results.tasks) - 1
             self.results.accuracy.setdefault(trained, {}).update(accuracies)
             for logger in self.loggers:

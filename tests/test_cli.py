@@ -91,7 +91,12 @@ def test_several_seeds_are_runs_of_their_own_and_one_report(tmp_path, capsys):
     last = json.loads((out / "seed-5" / "results.json").read_text())["results"]["accuracy"]["1"]
     assert f"{100 * sum(last.values()) / 2:.2f} %" in capsys.readouterr().out.splitlines()[-1]
     assert cli("eval", out / "seed-5", "--infer", "entropy", "--json") == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["permuted-digits/0", "permuted-digits/1"]
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["permuted-digits/0", "permuted-digits/1"]
+    assert cli("eval", out / "seed-5", "--infer", "entropy", "--temperature", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert cli("eval", out / "seed-5", "--infer", "entropy", "--temperature", "0") == 1
+    assert "temperature above 0, got 'entropy', 0.0" in capsys.readouterr().err
 
 
 def test_run_refuses_other_settings_and_foreign_directories(tmp_path, capsys):

@@ -234,3 +234,27 @@ def test_accuracy_without_being_told_the_task(infer, heads):
         right = (outputs.argmax(1) == y) & ((tasks == task.index) | (not heads))
         assert found == right.double().mean().item() <= known
     assert trainer.results.accuracy == kept
+
+
+def test_the_temperature_of_evaluation_is_that_of_inference(tmp_path):
+    stream = toy_stream(4)
+    trainer = fh.Trainer(toy_hnet(4), lr=0.01, beta=0.5, infer="entropy", temperature=20.0, progress=False)
+    for task in stream:
+        trainer.fit(task, steps=60, batch_size=32)
+
+    def accuracies(temperature):
+        found = []
+        for task in stream:
+            x, y = task.test.batch(torch.arange(90))
+            _, outputs, _ = by_entropy(trainer.hnet, x.double(), range(4), temperature)
+            found.append((outputs.argmax(1) == y).double().mean().item())
+        return found
+
+    row = trainer.evaluate(stream)
+    assert row == accuracies(20.0) != accuracies(1.0)
+    assert trainer.evaluate(stream, temperature=1.0) == accuracies(1.0)
+    assert trainer.results.matrix[3] == row  # evaluated otherwise, results stay as they are
+    trainer.save(tmp_path)
+    assert fh.Trainer.load(tmp_path, progress=False).evaluate(stream) == row
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        fh.Trainer(toy_hnet(2), temperature=0)

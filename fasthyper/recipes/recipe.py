@@ -14,7 +14,8 @@ class Recipe:
     ``heads``: each task has outputs of its own.
     ``scenario``: what is known of an example when it is tested: ``"task"`` (its task is told), ``"domain"`` (it is inferred,
     and the label must be right) or ``"class"`` (both must be).
-    ``method``: how: ``"entropy"``, ``"gradient"`` (``fh.infer_tasks``), ``"tir"`` or ``"replay"`` (``fh.replay``).
+    ``method``: how: ``"entropy"``, ``"gradient"`` (``fh.infer_tasks``, whose ``temperature`` it is), ``"tir"`` or
+    ``"replay"`` (``fh.replay``).
     ``replay_...``: of the hypernetwork that makes the replay model's decoders; else as the other one's.
     ``epochs``: sets the steps of each task by its size; ``None``: ``steps``.
     ``evaluate_every``: after how many tasks all of them are evaluated; in between, the one just learned.
@@ -37,6 +38,7 @@ class Recipe:
     heads: bool = False
     scenario: str = "task"
     method: str = "entropy"
+    temperature: float = 1.0
     chunk_size: int | None = 78_000
     hidden: tuple[int, ...] = (25, 25)
     task_dim: int = 24

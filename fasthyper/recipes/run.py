@@ -51,7 +51,7 @@ Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, s
 HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "embedding_std", "seed")
 TRAINER = (
     *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
-    *("loss", "seed"),
+    *("loss", "seed", "temperature"),
 )
 CHOICES: dict[str, Collection[str]] = {
     "stream": STREAMS,
@@ -129,13 +129,13 @@ def run(
     return runner
 
 
-def evaluate(directory: Path, infer: bool | str | None = None) -> dict[str, float]:
+def evaluate(directory: Path, infer: bool | str | None = None, temperature: float | None = None) -> dict[str, float]:
     """What a run reaches now on its tasks so far, by their names; the run stays as it is.
 
-    ``infer``: as ``Trainer.evaluate`` has it; ``None``: as the recipe has it.
+    ``infer``, ``temperature``: as ``Trainer.evaluate`` has them; ``None``: as the recipe has them.
 
     Raises:
-        CheckpointError: there is no run, or one that no recipe made.  ValueError: ``infer`` of HNET+TIR or HNET+R.
+        CheckpointError: there is no run, or one that no recipe made.  ValueError: either of HNET+TIR or HNET+R.
     """
     try:
         recipe = of(str(directory), read_results(directory)["config"])
@@ -146,11 +146,12 @@ def evaluate(directory: Path, infer: bool | str | None = None) -> dict[str, floa
     runner: Runner = class_of(recipe).load(directory, progress=False)
     tasks = STREAMS[recipe.stream](recipe)[: len(runner.results.tasks)]
     if isinstance(runner, Trainer):
-        found = runner.evaluate(tasks, infer=infer)
-    elif infer is None:
+        found = runner.evaluate(tasks, infer=infer, temperature=temperature)
+    elif infer is None and temperature is None:
         found = runner.evaluate(tasks)
     else:
-        raise ValueError(f"{directory} holds a run of {recipe.method!r}, which finds tasks its own way: leave out --infer")
+        own = f"{directory} holds a run of {recipe.method!r}, which finds tasks its own way"
+        raise ValueError(f"{own}: leave out --infer and --temperature")
     return dict(zip([task.name for task in tasks], found, strict=True))
 
 
