@@ -34,7 +34,7 @@ from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches
 from fasthyper.streams.stream import check_scenario
 from fasthyper.trainer import ON_NONFINITE, Trainer, spoiled, tests_of
-from fasthyper.training import optimizer_tensors, restore_optimizer, restore_rng, rng_tensors, total
+from fasthyper.training import SCHEDULES, optimizer_tensors, restore_optimizer, restore_rng, rng_tensors, total
 
 _Self = TypeVar("_Self", bound="_Method")
 
@@ -73,6 +73,7 @@ class _Method(ABC):
         net: nn.Module,
         *,
         lr: float = 1e-3,
+        schedule: str = "constant",
         replay_weight: float = 0.5,
         seed: int = 0,
         out: str | Path | None = None,
@@ -85,17 +86,20 @@ class _Method(ABC):
     ):
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
         if lr <= 0 or not 0 <= replay_weight <= 1 or seed < 0:
             raise ValueError("lr must be positive, replay_weight in 0..1, seed not negative")
         self.config: dict[str, Any] = {
             "lr": lr,
+            "schedule": schedule,
             "replay_weight": replay_weight,
             "seed": seed,
             "name": name,
             "settings": settings,
         }
         self.replay, self.net = replay, net.to(replay.device)
-        self.lr, self.replay_weight, self.seed = lr, replay_weight, seed
+        self.lr, self.schedule, self.replay_weight, self.seed = lr, schedule, replay_weight, seed
         self.out = None if out is None else Path(out)
         self.progress, self.loggers = progress, list(loggers)
         self.results = Results()
@@ -335,6 +339,8 @@ class _Method(ABC):
                 if decoders is not None:
                     noise = self.replay.noise(index * each, self.seed, index, step)
                     images = decoders(noise.view(index, each, -1))
+                for group in now.optimizer.param_groups:
+                    group["lr"] = self.lr * SCHEDULES[self.schedule](step / steps)
                 try:
                     loss, now.failed = self._step(now, *data.batch(batches.indices(step)), images), 0
                 except NonFiniteLossError as error:
@@ -420,7 +426,7 @@ class HnetR(_Method):
             which those of all tasks so far compete, in training too, and the task is not told.
         classes: of a task.
         temperature: of the distillation.
-        lr, replay_weight, seed: of the classifier; a new Adam for each task.
+        lr, schedule, replay_weight, seed: of the classifier; a new Adam for each task. Schedules are those of ``Trainer``.
         out, save_every, on_nonfinite, name, settings, progress: as for ``Trainer``.
         loggers: told of finished tasks and of evaluations.
 
@@ -510,7 +516,7 @@ class HnetTIR(_Method):
         net: the task classifier, any module ``[B, ...]`` to ``[B, tasks]``; trained in place. See ``fh.nets.xavier_``.
         labels: trains the label classifier. Where tasks have output heads of their own, an example is right if both task
             and label are (CL3); where they share the outputs, if the label is (CL2).
-        lr, replay_weight, seed, out, save_every, on_nonfinite, name, settings, progress, loggers: as for ``HnetR``.
+        lr, schedule, replay_weight, seed, out, save_every, on_nonfinite, name, settings, progress, loggers: as for ``HnetR``.
 
     Raises:
         ValueError: numbers out of range, or parts on different devices.

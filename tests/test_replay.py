@@ -1,6 +1,7 @@
 """The replay model and what learns with it, against the obvious loops in float64; resuming, counts, and what it is for."""
 
 import copy
+import math
 import os
 import signal
 
@@ -315,7 +316,8 @@ def test_accuracies_are_those_of_one_example_after_the_other(kind, scenario, mon
 @pytest.mark.parametrize("kind, part", [("r", "net"), ("r", "replay"), ("tir", "net"), ("tir", "labels"), ("tir", "replay")])
 def test_goes_on_bit_for_bit_after_an_interrupt_in_any_part(kind, part, tmp_path, foreground):
     stream, load = toy_stream(), {"r": fh.HnetR, "tir": fh.HnetTIR}[kind].load
-    whole, cut = trained(MAKE[kind](dtype=torch.float32), stream), MAKE[kind](dtype=torch.float32, out=tmp_path)
+    options = {"dtype": torch.float32, "schedule": "cosine"}
+    whole, cut = trained(MAKE[kind](**options), stream), MAKE[kind](**options, out=tmp_path)
     trained(cut, stream[:1])
     owner = cut if part == "net" else cut._trainers()[part]
     step = owner._step
@@ -418,8 +420,21 @@ def test_on_a_graph_the_replay_model_has_the_numbers_of_plain_steps(monkeypatch)
     assert all(map(torch.equal, plain.hnet.parameters(), captured.hnet.parameters()))
 
 
+def test_the_plain_classifier_s_learning_rate_follows_the_schedule():
+    stream, rates = toy_stream(1), []
+    scheduled, plain = make_r(schedule="warmup-cosine"), make_r()
+    step = scheduled._step
+    scheduled._step = lambda now, *args: rates.append(now.optimizer.param_groups[0]["lr"]) or step(now, *args)
+    for method in (scheduled, plain):
+        method.fit(stream[0], steps=20)
+    want = [0.01 * min(1, 10 * s / 20) * (1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)]
+    assert rates == pytest.approx(want) and plain.net_records[0].loss != scheduled.net_records[0].loss
+
+
 def test_names_what_is_wrong(tmp_path):
     stream, method = toy_stream(), make_r()
+    with pytest.raises(ValueError, match="unknown schedule 'linear'; choose from constant, cosine, warmup-cosine"):
+        make_r(schedule="linear")
     with pytest.raises(ValueError, match="no task was trained yet"):
         method.evaluate(stream)
     with pytest.raises(ValueError, match="task 1 is not next: 0 tasks were trained so far, so task 0 is"):

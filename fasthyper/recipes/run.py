@@ -217,15 +217,14 @@ def _new(recipe: Recipe, stream: streams.Stream, options: dict[str, Any]) -> Run
     if alone:
         return trainer
     common.pop("memory_budget", None)
-    replay = ReplayModel(
-        build_replay(recipe, num_inputs), beta=recipe.replay_beta, lr=recipe.lr, seed=recipe.seed, device=device, **of_part
-    )
+    learning: dict[str, Any] = {"lr": recipe.lr, "schedule": recipe.schedule, "seed": recipe.seed}
+    replay = ReplayModel(build_replay(recipe, num_inputs), beta=recipe.replay_beta, device=device, **learning, **of_part)
     if class_of(recipe) is HnetTIR:
         net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, recipe.num_tasks), recipe.seed)
-        return HnetTIR(replay, net, trainer, lr=recipe.lr, seed=recipe.seed, **common)
+        return HnetTIR(replay, net, trainer, **learning, **common)
     num_outputs = num_classes * (1 if recipe.scenario == "domain" else recipe.num_tasks)
     net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, num_outputs), recipe.seed)
-    return HnetR(replay, net, scenario=recipe.scenario, classes=num_classes, lr=recipe.lr, seed=recipe.seed, **common)
+    return HnetR(replay, net, scenario=recipe.scenario, classes=num_classes, **learning, **common)
 
 
 def build_replay(recipe: Recipe, num_inputs: int) -> ChunkedHypernet:
