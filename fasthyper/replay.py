@@ -516,7 +516,7 @@ class HnetTIR(_Method):
         net: the task classifier, any module ``[B, ...]`` to ``[B, tasks]``; trained in place. See ``fh.nets.xavier_``.
         labels: trains the label classifier. Where tasks have output heads of their own, an example is right if both task
             and label are (CL3); where they share the outputs, if the label is (CL2).
-        lr, schedule, replay_weight, seed, out, save_every, on_nonfinite, name, settings, progress, loggers: as for ``HnetR``.
+        lr, schedule, replay_weight, seed, out, save_every, on_nonfinite, name, settings, progress, loggers: as of ``HnetR``.
 
     Raises:
         ValueError: numbers out of range, or parts on different devices.

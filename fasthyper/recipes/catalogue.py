@@ -110,6 +110,21 @@ def _of_table_1(base: Recipe) -> list[Recipe]:
     ]
 
 
+def _scheduled(recipe: Recipe, **options: Any) -> Recipe:
+    """The same with learning rates that rise and fall within each task."""
+    what = recipe.about.rsplit(", ", 1)[0]  # without "the paper's settings"
+    return replace(
+        recipe,
+        name=f"{recipe.name}-cosine",
+        about=f"{what}, learning rates that rise and fall within each task",
+        source="fasthyper",
+        published="",
+        schedule="warmup-cosine",
+        **options,
+    )
+
+
+_SPLIT_RECIPES = {recipe.name: recipe for recipe in _of_table_1(_SPLIT)}
 _ALL = (
     Recipe(
         name="demo",
@@ -133,7 +148,12 @@ _ALL = (
         lr=1e-3,
         beta=0.1,
     ),
-    *_of_table_1(_SPLIT),
+    *_SPLIT_RECIPES.values(),
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-tir"]),
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-r"]),
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-ent"], steps=500),  # longer, and networks are as sure of other tasks' digits
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-tir"]),
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-r"]),
     *_of_table_1(_PERMUTED),
     replace(
         _PERMUTED,
