@@ -168,6 +168,7 @@ _ALL = (
         beta=0.1,
     ),
     *_SPLIT_RECIPES.values(),
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-ent"], steps=1000, lr=3e-3),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl2-tir"]),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl2-r"]),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl3-ent"], steps=500),  # longer, and networks are as sure of other tasks' digits
