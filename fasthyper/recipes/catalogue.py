@@ -132,10 +132,11 @@ def _of_table_1(base: Recipe) -> list[Recipe]:
 def _scheduled(recipe: Recipe, **options: Any) -> Recipe:
     """The same with learning rates that rise and fall within each task."""
     what = recipe.about.rsplit(", ", 1)[0]  # without "the paper's settings"
+    more = "".join(f", {name} {value}" for name, value in options.items())
     return replace(
         recipe,
         name=f"{recipe.name}-cosine",
-        about=f"{what}, learning rates that rise and fall within each task",
+        about=f"{what}, learning rates that rise and fall within each task{more}",
         source="fasthyper",
         published="",
         schedule="warmup-cosine",
@@ -171,7 +172,7 @@ _ALL = (
     _scheduled(_SPLIT_RECIPES["split-mnist-cl2-ent"], steps=1000, lr=3e-3),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl2-tir"]),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl2-r"]),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-ent"], steps=500),  # longer, and networks are as sure of other tasks' digits
+    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-ent"], steps=500),  # more make each sure of the others' digits, too
     _scheduled(_SPLIT_RECIPES["split-mnist-cl3-tir"]),
     _scheduled(_SPLIT_RECIPES["split-mnist-cl3-r"]),
     *_of_table_1(_PERMUTED),
