@@ -144,7 +144,7 @@ def _scheduled(recipe: Recipe, **options: Any) -> Recipe:
     )
 
 
-_SPLIT_RECIPES = {recipe.name: recipe for recipe in _of_table_1(_SPLIT)}
+_OF_TABLE_1 = {recipe.name: recipe for base in (_SPLIT, _PERMUTED) for recipe in _of_table_1(base)}
 _ALL = (
     Recipe(
         name="demo",
@@ -168,14 +168,14 @@ _ALL = (
         lr=1e-3,
         beta=0.1,
     ),
-    *_SPLIT_RECIPES.values(),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-ent"], steps=1000, lr=3e-3),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-tir"]),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl2-r"]),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-ent"], steps=500),  # more make each sure of the others' digits, too
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-tir"]),
-    _scheduled(_SPLIT_RECIPES["split-mnist-cl3-r"]),
-    *_of_table_1(_PERMUTED),
+    *_OF_TABLE_1.values(),
+    _scheduled(_OF_TABLE_1["split-mnist-cl2-ent"], steps=1000, lr=3e-3),
+    _scheduled(_OF_TABLE_1["split-mnist-cl2-tir"]),
+    _scheduled(_OF_TABLE_1["split-mnist-cl2-r"]),
+    _scheduled(_OF_TABLE_1["split-mnist-cl3-ent"], steps=500),  # more make each sure of the others' digits, too
+    _scheduled(_OF_TABLE_1["split-mnist-cl3-tir"]),
+    _scheduled(_OF_TABLE_1["split-mnist-cl3-r"]),
+    _scheduled(_OF_TABLE_1["permuted-mnist-10-cl3-tir"], steps=2500, lr=5e-4, beta=0.02),
     replace(
         _PERMUTED,
         name="permuted-mnist-10-cl3-ent-temperature",
