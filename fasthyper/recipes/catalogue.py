@@ -169,10 +169,9 @@ _ALL = (
         beta=0.1,
     ),
     *_OF_TABLE_1.values(),
-    _scheduled(_OF_TABLE_1["split-mnist-cl2-ent"], steps=1000, lr=3e-3),
     _scheduled(_OF_TABLE_1["split-mnist-cl2-tir"]),
     _scheduled(_OF_TABLE_1["split-mnist-cl2-r"]),
-    _scheduled(_OF_TABLE_1["split-mnist-cl3-ent"], steps=500),  # more make each sure of the others' digits, too
+    _scheduled(_OF_TABLE_1["split-mnist-cl3-ent"], steps=500),  # chosen on seeds 42 to 44, measured on others
     _scheduled(_OF_TABLE_1["split-mnist-cl3-tir"]),
     _scheduled(_OF_TABLE_1["split-mnist-cl3-r"]),
     _scheduled(_OF_TABLE_1["permuted-mnist-10-cl3-tir"], steps=2500, lr=5e-4, beta=0.02),
