@@ -209,7 +209,8 @@ def recipes_table() -> str:
         lines.append(f"| `{name}` | {RECIPES[name].published} | {seeds} | {drop} | {minutes} |")
     missing = sum(name not in reached for name in RECIPES)
     more = f" {missing} more recipes have not been run yet; `fasthyper list` shows all." if missing else ""
-    lines += ["", f"Minutes are wall time of training, on a machine that did other work beside.{more}"]
+    ours = "Settings without a published figure are our own."
+    lines += ["", f"Minutes are wall time of training, on a machine that did other work beside. {ours}{more}"]
     return "\n".join([*lines, ""])
 
 
