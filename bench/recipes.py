@@ -27,15 +27,8 @@ from fasthyper.trainer import Trainer
 FILE = Path(__file__).parent / "results" / "recipes.json"
 FREE = ("seed", "data_dir", "about", "source")  # settings that do not change what is measured
 REPLAY = ("replay_hidden", "replay_chunk_size", "replay_beta")
-EVALUATED = (
-    *FREE,
-    *REPLAY,
-    "name",
-    "scenario",
-    "method",
-    "temperature",
-    "evaluate_every",
-)  # nor what a trainer alone trains
+# nor, of a trainer alone, what is trained
+EVALUATED = (*FREE, *REPLAY, "name", "scenario", "method", "temperature", "evaluate_every")
 
 
 def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[str, Any]:
@@ -57,8 +50,8 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
         if len(results.tasks) != wanted["num_tasks"] or math.isnan(score(results)):
             raise ValueError(f"{directory}: {len(results.tasks)} of {wanted['num_tasks']} tasks are trained and evaluated")
         if again:
-            infer = False if wanted["scenario"] == "task" else wanted["method"]
-            found = evaluate(directory, infer, wanted["temperature"])
+            told = wanted["scenario"] == "task"
+            found = evaluate(directory, *((False,) if told else (wanted["method"], wanted["temperature"])))
             results = replace(results, accuracy={len(found) - 1: dict(enumerate(found.values()))})
         runs[config["seed"]] = results, content["environment"]
     seeds = sorted(runs)

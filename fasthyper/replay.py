@@ -34,7 +34,7 @@ from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches
 from fasthyper.streams.stream import check_scenario
 from fasthyper.trainer import ON_NONFINITE, Trainer, spoiled, tests_of
-from fasthyper.training import SCHEDULES, optimizer_tensors, restore_optimizer, restore_rng, rng_tensors, total
+from fasthyper.training import SCHEDULES, optimizer_tensors, restore_optimizer, restore_rng, rng_tensors, set_rates, total
 
 _Self = TypeVar("_Self", bound="_Method")
 
@@ -339,8 +339,7 @@ class _Method(ABC):
                 if decoders is not None:
                     noise = self.replay.noise(index * each, self.seed, index, step)
                     images = decoders(noise.view(index, each, -1))
-                for group in now.optimizer.param_groups:
-                    group["lr"] = self.lr * SCHEDULES[self.schedule](step / steps)
+                set_rates(now.optimizer, self.schedule, step / steps)
                 try:
                     loss, now.failed = self._step(now, *data.batch(batches.indices(step)), images), 0
                 except NonFiniteLossError as error:

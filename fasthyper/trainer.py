@@ -375,11 +375,14 @@ class Trainer:
         class-incremental streams are; so may those of ``fit``. With one head for all tasks they are numbers of its outputs.
 
         Raises:
-            ValueError: labels are not for the loss, or tasks are to be inferred where there are no classes.
+            ValueError: labels are not for the loss, tasks are to be inferred where there are no classes, or a temperature is
+                given where tasks are told.
         """
         method = self.infer if infer is None else "entropy" if infer is True else infer or None
         if method is not None and self.loss != "cross_entropy":
             raise ValueError(f"to infer tasks needs classes, loss={self.loss!r} has none")
+        if method is None and temperature is not None:
+            raise ValueError("a temperature is of inferred tasks, here they are told: give infer, too")
         named = {task: self._checked(data) for task, data in tests_of(tasks).items()}
         temperature = self.temperature if temperature is None else temperature
         options = () if method is None else (self.results.held, method, temperature)

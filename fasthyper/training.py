@@ -20,6 +20,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rat
 }
 
 
+def set_rates(optimizer: torch.optim.Optimizer, schedule: str, done: float) -> None:
+    """Gives ``optimizer`` its learning rates where this part of a task is done; constant ones are left as they are."""
+    if schedule == "constant":
+        return
+    factor = SCHEDULES[schedule](done)
+    for group in optimizer.param_groups:
+        rate = factor * group.setdefault("initial_lr", group["lr"])
+        if isinstance(group["lr"], Tensor):  # where a graph reads it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class TaskInTraining:
     """The task under way: what moves, held by the drift or on the task loss alone, and the optimizers that move it."""
 
@@ -51,16 +64,8 @@ class TaskInTraining:
 
     def set_rates(self, schedule: str) -> None:
         """Gives the optimizers the learning rates of the next step; constant ones are left as they are."""
-        if schedule == "constant":
-            return
-        factor = SCHEDULES[schedule](self.steps / max(1, self.planned))
         for optimizer in self._optimizers().values():
-            for group in optimizer.param_groups:
-                rate = factor * group.setdefault("initial_lr", group["lr"])
-                if isinstance(group["lr"], Tensor):  # where a graph reads it
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+            set_rates(optimizer, schedule, self.steps / max(1, self.planned))
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"held": self.held_optimizer, "free": self.free_optimizer}

@@ -256,5 +256,7 @@ def test_the_temperature_of_evaluation_is_that_of_inference(tmp_path):
     assert trainer.results.matrix[3] == row  # evaluated otherwise, results stay as they are
     trainer.save(tmp_path)
     assert fh.Trainer.load(tmp_path, progress=False).evaluate(stream) == row
+    with pytest.raises(ValueError, match="a temperature is of inferred tasks, here they are told"):
+        trainer.evaluate(stream, infer=False, temperature=2.0)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         fh.Trainer(toy_hnet(2), temperature=0)
