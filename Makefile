@@ -21,11 +21,13 @@ TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target
 TAG := $(shell $(PYTHON) -c 'import sys, sysconfig; print("cp%d%d-" % sys.version_info[:2] + sysconfig.get_platform())')
 LOCK := $(wildcard lock/$(TAG).txt)
 
-.PHONY: demo test lint types cpp reference triton pure cuda sanitize wheel lock fuzz bench readme clean
+.PHONY: demo test lint types cpp no-tiles reference triton pure cuda sanitize wheel lock fuzz bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
-test: lint types cpp reference triton pure cuda
+# two at a time, on the two cores that it is meant for; threads that wait leave theirs to others
+test: lint types
+	OMP_WAIT_POLICY=passive $(MAKE) --jobs=2 --output-sync=target cpp no-tiles reference triton pure cuda
 
 lint: $(VENV)/.dev
 	ruff check .
@@ -36,9 +38,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	mypy
 
-# the drift's tests run again without the tile units for bfloat16, as on a CPU that has none
 cpp: $(VENV)/.dev $(VENV)/.browser
 	FASTHYPER_BACKEND=cpp pytest -rs
+
+# the drift's tests without the tile units for bfloat16, as on a CPU that has none
+no-tiles: $(VENV)/.dev
 	FASTHYPER_BACKEND=cpp ATEN_CPU_CAPABILITY=avx2 pytest $(NO_TILES:%=tests/test_%.py)
 
 reference: $(VENV)/.dev
