@@ -1,10 +1,12 @@
 // The squared drift of generated weights and its gradients, without the weights (DESIGN E2).
 //
 // In a rectangle of real weights (rows = tasks x chunks, columns) the residual is D = X Y', X = [dH | H* | 1] over rows,
-// Y = [V_H | dV] over columns, both M = 2H + 1 wide. columns() makes Y'Y; rows(), called tile by tile by whoever makes the
-// features, makes X'WX and d/dH = 2 WX (Y'V_H); finish() makes d/dV = 2 Y (X'W [H | 1]) and the value <X'WX, Y'Y>.
-// Columns are cut where a rectangle begins or ends, so that each column is multiplied once however many rectangles it is in.
-// Rectangles marked direct make tiles of D instead, and drop them.
+// Y = [V_H | dV] over columns, both M = 2H + 1 wide. Of the columns Y'Y is made, of the rows X'WX, then of each the
+// gradient, d/dH = 2 WX (Y'V_H) and d/dV = 2 Y (X'W [H | 1]), and of both the value <X'WX, Y'Y>. One side's sums must be
+// there before the other's gradient: pass_rows() keeps few rows and reads the columns once, after their X'WX and before
+// their gradient; many rows go through in one pass, tile by tile, between two reads of the columns. Columns are cut where a
+// rectangle begins or ends, so that each column is multiplied once however many rectangles it is in. Rectangles marked
+// direct make tiles of D instead, and drop them.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +19,7 @@ namespace fasthyper {
 
 constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
 constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
+constexpr int64_t kRowsKept = 4;                  // rows are kept where there are so many times as many columns
 constexpr int64_t kFewGrain = 1 << 18;            // multiply-adds of few rows below which a second thread does not pay
 constexpr int64_t kGramGrain = 1 << 14;           // elements of a Gram matrix below which a second thread does not pay
 
@@ -98,7 +101,15 @@ class Drift {
         basis0_(const_data<scalar_t>(basis0)),
         weight_(const_data<scalar_t>(weight)),
         gram0_(gram0.size(0) > 0 ? const_data<double>(gram0) : nullptr),
-        rectangles_(read_plan(plan, num_tasks, num_chunks, basis.size(0))) {}
+        rectangles_(read_plan(plan, num_tasks, num_chunks, basis.size(0))),
+        row_grams_(rectangles_.size()) {
+    std::vector<int64_t> cuts;
+    for (const Rectangle& r : rectangles_)
+      if (!r.direct && r.num_cols() > 0) cuts.insert(cuts.end(), {r.col_lo, r.col_hi});
+    std::sort(cuts.begin(), cuts.end());
+    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) segments_.push_back({cuts[i], cuts[i + 1], Memory()});
+  }
 
   // What one thread of the row pass needs; tile: the most rows at a time.
   struct Worker {
@@ -123,25 +134,68 @@ class Drift {
     bool is_alone;  // nobody else adds to the basis's gradient: that is grad_basis
   };
 
+  // Rows of a tile x = [dH | H* | 1], where the gradient of their features goes, [rows, H], and what it is multiplied by,
+  // [rows, H] too; or null
+  struct Rows {
+    Pair<scalar_t> x;
+    const scalar_t* slope;
+    scalar_t* grad;
+  };
+
   // Rows [dH | H* | 1] that lie one after the other
   Pair<scalar_t> rows_of(const scalar_t* x, int64_t num_rows) const {
     return {x, x + width_, nullptr, num_rows, width_, width_ + 1, full_};
   }
 
-  // Rows of a tile that suit the machine
-  int64_t row_tile() const { return parts_ ? 256 : 1024; }
-
   const std::vector<Rectangle>& rectangles() const { return rectangles_; }
   const Tensor& to_h(size_t rectangle) const { return to_h_data_[rectangle]; }  // 2 Y'V_H, unless it is direct
 
-  // First pass over the columns.
+  // All rows, by workers that each thread has one of: make(tile) makes one for at most that many rows at a time,
+  // forward(worker, first, length) their features, as at(worker, first, length) then says; backward(worker, first, length)
+  // takes their gradient. A worker's ``drift`` is what is needed here.
+  template <typename Item, typename Make, typename Forward, typename At, typename Backward>
+  std::vector<Item> pass_rows(const Make& make, const Forward& forward, const At& at, const Backward& backward) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t share = tiles::count((num_rows_ + threads - 1) / threads) * tiles::kSide;  // few rows are shared, too
+    const bool keeps = !segments_.empty() && kRowsKept * num_rows_ <= basis_tensor_.size(0);
+    const int64_t tile = std::min({keeps ? share : row_tile(), share, num_rows_});
+    if (!keeps) columns();
+    std::vector<Item> workers = for_tiles<Item>(
+        num_rows_, tile, [&] { return make(tile); },
+        [&](Item& worker, int64_t first, int64_t length) {
+          forward(worker, first, length);
+          rows(worker.drift, first, at(worker, first, length), true, !keeps);
+          if (!keeps) backward(worker, first, length);
+        });
+    std::vector<Worker*> sums;
+    for (Item& worker : workers) sums.push_back(&worker.drift);
+    sum_rows(sums);
+    if (!keeps) return workers;
+    columns();
+    for_each(workers, [&](Item& worker) {
+      const int64_t first = (&worker - workers.data()) * tile, length = std::min(tile, num_rows_ - first);
+      rows(worker.drift, first, at(worker, first, length), false, true);
+      backward(worker, first, length);
+    });
+    return workers;
+  }
+
+  // Of all rows X'WX, which the workers have added up
+  void sum_rows(const std::vector<Worker*>& workers) {
+    for_each(workers, [](Worker* worker) {
+      for (GramSum<scalar_t>& gram : worker->grams) gram.finish(worker->space);
+    });
+    for (size_t b = 0; b < rectangles_.size(); ++b) {
+      std::vector<const double*> sums;
+      for (Worker* worker : workers) sums.push_back(worker->grams[b].sum());
+      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams_[b]);
+    }
+    has_row_grams_ = true;
+  }
+
+  // Reads the columns: makes to_h and, where the sums of the rows are there, the basis's gradient.
   void columns() {
-    std::vector<int64_t> cuts;
-    for (const Rectangle& r : rectangles_)
-      if (!r.direct && r.num_cols() > 0) cuts.insert(cuts.end(), {r.col_lo, r.col_hi});
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-    for (size_t i = 0; i + 1 < cuts.size(); ++i) segments_.push_back(make_segment(cuts[i], cuts[i + 1]));
+    for (Segment& segment : segments_) pass_columns(segment, true);
     for (const Rectangle& r : rectangles_) {
       to_h_.emplace_back(parts_);
       to_h_data_.push_back(r.direct ? Tensor() : make({full_, width_}));  // 2 Y'V_H
@@ -156,66 +210,16 @@ class Drift {
       });
       to_h_.back().pack(dense<const scalar_t>(to_h, full_, width_), width_);
     }
+    has_grad_ = has_row_grams_;
   }
 
-  // A tile of rows first, first + 1, ..., row = task * num_chunks + chunk: adds to the worker's sums and sets the gradient
-  // of their features, grad [rows, H], times slope [rows, H] where that is not null. x = [dH | H* | 1] of the rows.
-  void rows(Worker& worker, int64_t first, Pair<scalar_t> x, const scalar_t* slope, scalar_t* grad) const {
-    bool is_set = false;
-    for (size_t b = 0; b < rectangles_.size(); ++b) {
-      const Rectangle& r = rectangles_[b];
-      const int64_t count = pick(r, first, x.num_rows, worker.picked.data());
-      if (count == 0 || r.num_cols() == 0) continue;
-      const bool most = !r.direct && 4 * count > 3 * x.num_rows;  // then the others get weight 0, and nothing is moved
-      if (!is_set && !most) std::fill_n(grad, x.num_rows * width_, scalar_t(0));
-      if (most)
-        weighed_rows(worker, b, first, x, count, is_set, slope, grad);
-      else if (r.direct)
-        direct_rows(worker, r, first, gather(worker, x, count), slope, grad);
-      else
-        gathered_rows(worker, b, first, gather(worker, x, count), slope, grad);
-      is_set = true;
-    }
-    if (!is_set) std::fill_n(grad, x.num_rows * width_, scalar_t(0));
-  }
-
-  // Second pass over the columns, which sets the basis's gradient; returns the value.
+  // Reads the columns again where their gradient is not there yet; returns the value.
   double finish(const std::vector<Worker*>& workers) {
-    double value = 0;
     if (workers.empty() || !workers[0]->grad_basis.defined() || !workers[0]->is_alone) zero_between_segments();
-    for_each(workers, [](Worker& worker) {
-      for (GramSum<scalar_t>& gram : worker.grams) gram.finish(worker.space);
-    });
-    std::vector<Memory> row_grams(rectangles_.size());  // empty where no worker met the rectangle, or where it is direct
-    for (size_t b = 0; b < rectangles_.size(); ++b) {
-      std::vector<const double*> sums;
-      for (Worker* worker : workers) sums.push_back(worker->grams[b].sum());
-      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams[b]);
-    }
-    const Tensor to_basis = make({full_, width_ + 1});  // 2 X'W Ha = 2 (X'W [H* | 1] + X'W [dH | 0]), over all rectangles
-    std::vector<double> value_of_row(full_);
-    for (const Segment& s : segments_) {
-      for_gram_rows([&](int64_t i) {
-        scalar_t* sum = data<scalar_t>(to_basis) + i * (width_ + 1);
-        std::fill_n(sum, width_ + 1, scalar_t(0));
-        value_of_row[i] = 0;
-        for (size_t b = 0; b < rectangles_.size(); ++b) {
-          const double* gram = row_grams[b].template data<double>();
-          if (!gram || !covers(rectangles_[b], s)) continue;
-          gram += i * full_;
-          for (int64_t j = 0; j < width_; ++j) sum[j] += scalar_t(2 * (gram[width_ + j] + gram[j]));
-          sum[width_] += scalar_t(2 * gram[2 * width_]);
-          value_of_row[i] += dot(full_, gram, s.gram.template data<double>() + i * full_);
-        }
-      });
-      value = std::accumulate(value_of_row.begin(), value_of_row.end(), value);
-      RightFactor<scalar_t> factor(parts_);
-      factor.pack(dense<scalar_t>(to_basis), width_);
-      for_column_tiles(s.lo, s.hi, [&](ColumnWorker& worker, int64_t lo, Pair<scalar_t> y) {
-        scalar_t* grad = data<scalar_t>(grad_basis_tensor_) + lo * (width_ + 1);
-        factor.multiply_into(y, worker.space, dense(grad, y.num_rows, width_ + 1));
-      });
-    }
+    if (!has_grad_)
+      for (Segment& segment : segments_) pass_columns(segment, false);
+    double value = 0;
+    for (const Segment& segment : segments_) value += value_of(segment);
     for (const Worker* worker : workers) {
       value += worker->direct_value;
       if (!worker->grad_basis.defined() || worker->is_alone) continue;
@@ -238,17 +242,58 @@ class Drift {
 
   static bool covers(const Rectangle& r, const Segment& s) { return r.col_lo <= s.lo && s.hi <= r.col_hi; }
 
-  Segment make_segment(int64_t lo, int64_t hi) {
-    std::vector<ColumnWorker> workers = for_column_tiles(
-        lo, hi, [&](ColumnWorker& worker, int64_t, Pair<scalar_t> y) { worker.gram.add(y, nullptr, worker.space); });
-    std::vector<ColumnWorker*> pointers;
-    for (ColumnWorker& worker : workers) pointers.push_back(&worker);
-    for_each(pointers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); });
+  // One read of a segment's columns, for Y'Y, for the basis's gradient, or for both
+  void pass_columns(Segment& s, bool with_gram) {
+    const Tensor of_rows = has_row_grams_ ? rows_to_basis(s) : Tensor();  // where nothing is packed, it is multiplied by
+    RightFactor<scalar_t> to_basis(parts_);
+    if (has_row_grams_) to_basis.pack(dense<scalar_t>(of_rows), width_);
+    std::vector<ColumnWorker> workers =
+        for_column_tiles(s.lo, s.hi, [&](ColumnWorker& worker, int64_t lo, Pair<scalar_t> y) {
+          scalar_t* grad = data<scalar_t>(grad_basis_tensor_) + lo * (width_ + 1);
+          if (!has_row_grams_) return worker.gram.add(y, nullptr, worker.space);
+          const Matrix<scalar_t> out = dense(grad, y.num_rows, width_ + 1);
+          if (!with_gram) return to_basis.multiply_into(y, worker.space, out);
+          add_and_multiply(y, worker.gram, to_basis, worker.space, out);
+        });
+    if (!with_gram) return;
+    for_each(workers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); });
     std::vector<const double*> sums;
     for (const ColumnWorker& worker : workers) sums.push_back(worker.gram.sum());
-    Segment segment{lo, hi, Memory()};
-    total(sums, nullptr, segment.gram);
-    return segment;
+    total(sums, nullptr, s.gram);
+  }
+
+  // 2 X'W [H | 1] = 2 (X'W [H* | 1] + X'W [dH | 0]) of all rows that a segment's columns meet
+  Tensor rows_to_basis(const Segment& s) const {
+    const Tensor to_basis = make({full_, width_ + 1});
+    for_gram_rows([&](int64_t i) {
+      scalar_t* sum = data<scalar_t>(to_basis) + i * (width_ + 1);
+      std::fill_n(sum, width_ + 1, scalar_t(0));
+      for_row_grams(s, [&](const double* gram) {
+        gram += i * full_;
+        for (int64_t j = 0; j < width_; ++j) sum[j] += scalar_t(2 * (gram[width_ + j] + gram[j]));
+        sum[width_] += scalar_t(2 * gram[2 * width_]);
+      });
+    });
+    return to_basis;
+  }
+
+  double value_of(const Segment& s) const {  // <X'WX, Y'Y>
+    std::vector<double> of_row(full_);
+    for_gram_rows([&](int64_t i) {
+      for_row_grams(s, [&](const double* gram) {
+        of_row[i] += dot(full_, gram + i * full_, s.gram.template data<double>() + i * full_);
+      });
+    });
+    return std::accumulate(of_row.begin(), of_row.end(), 0.0);
+  }
+
+  // body(X'WX) of each rectangle that has rows and the segment's columns
+  template <typename Body>
+  void for_row_grams(const Segment& s, const Body& body) const {
+    for (size_t b = 0; b < rectangles_.size(); ++b) {
+      const double* gram = row_grams_[b].template data<double>();
+      if (gram && covers(rectangles_[b], s)) body(gram);
+    }
   }
 
   // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole. Of some it
@@ -292,29 +337,48 @@ class Drift {
     std::fill(grad + reached * with_bias, grad + grad_basis_tensor_.numel(), scalar_t(0));
   }
 
-  // The whole tile, with weight 0 for the rows that are not in the rectangle
-  void weighed_rows(Worker& worker, size_t b, int64_t first, Pair<scalar_t> x, int64_t count, bool is_set,
-                    const scalar_t* slope, scalar_t* grad) const {
-    scalar_t* weight = worker.weight.data();
-    std::fill_n(weight, x.num_rows, scalar_t(0));
-    for (int64_t i = 0; i < count; ++i) weight[worker.picked[i]] = task_weight(first + worker.picked[i]);
-    worker.grams[b].add(x, weight, worker.space);
-    to_h_[b].multiply(x, worker.space,
-                      [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                        const auto put = is_set ? put_weighed<scalar_t, true> : put_weighed<scalar_t, false>;
-                        const int64_t at = i * width_ + j;
-                        put(m, n, weight + i, block, stride, slope ? slope + at : nullptr, grad + at, width_);
-                      });
+  // Rows that suit the machine at a time
+  int64_t row_tile() const { return parts_ ? 256 : 1024; }
+
+  // A tile of rows first, first + 1, ..., row = task * num_chunks + chunk: adds to the worker's sums, or sets the gradient
+  void rows(Worker& worker, int64_t first, Rows tile, bool with_gram, bool with_grad) const {
+    const Pair<scalar_t> x = tile.x;
+    bool is_set = false;
+    for (size_t b = 0; b < rectangles_.size(); ++b) {
+      const Rectangle& r = rectangles_[b];
+      if (r.num_cols() == 0 || (r.direct && !with_grad)) continue;
+      const int64_t count = pick(r, first, x.num_rows, worker.picked.data());
+      if (count == 0) continue;
+      const bool most = !r.direct && 4 * count > 3 * x.num_rows;  // then the others get weight 0, and nothing is moved
+      if (with_grad && !is_set && !most) std::fill_n(tile.grad, x.num_rows * width_, scalar_t(0));
+      if (r.direct) {
+        direct_rows(worker, r, first, gather(worker, x, count), tile.slope, tile.grad);
+      } else {
+        const Pair<scalar_t> picked = most ? x : gather(worker, x, count);
+        weigh(worker, first, x.num_rows, count, most);
+        if (with_gram) worker.grams[b].add(picked, worker.weight.data(), worker.space);
+        if (with_grad) multiply_rows(worker, b, picked, most, is_set, tile.slope, tile.grad);
+      }
+      is_set = true;
+    }
+    if (with_grad && !is_set) std::fill_n(tile.grad, x.num_rows * width_, scalar_t(0));
   }
 
-  // Picked rows only, x holds one after the other
-  void gathered_rows(Worker& worker, size_t b, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
+  // Weights of the tile's rows, 0 where one is not picked; or of the picked ones
+  void weigh(Worker& worker, int64_t first, int64_t num_rows, int64_t count, bool most) const {
+    scalar_t* weight = worker.weight.data();
+    if (most) std::fill_n(weight, num_rows, scalar_t(0));
+    for (int64_t i = 0; i < count; ++i) weight[most ? worker.picked[i] : i] = task_weight(first + worker.picked[i]);
+  }
+
+  void multiply_rows(Worker& worker, size_t b, Pair<scalar_t> x, bool most, bool adds, const scalar_t* slope,
                      scalar_t* grad) const {
-    for (int64_t i = 0; i < x.num_rows; ++i) worker.weight[i] = task_weight(first + worker.picked[i]);
-    worker.grams[b].add(x, worker.weight.data(), worker.space);
     to_h_[b].multiply(x, worker.space,
                       [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                        add_picked(worker, i, j, m, n, block, stride, slope, grad);
+                        if (!most) return add_picked(worker, i, j, m, n, block, stride, slope, grad);
+                        const auto put = adds ? put_weighed<scalar_t, true> : put_weighed<scalar_t, false>;
+                        const int64_t at = i * width_ + j;
+                        put(m, n, worker.weight.data() + i, block, stride, slope ? slope + at : nullptr, grad + at, width_);
                       });
   }
 
@@ -389,7 +453,8 @@ class Drift {
     const int64_t share = std::max((r.num_cols() + threads - 1) / threads, kFewGrain / (count * full_) + 1);
     const auto make = [&] {
       Part part;
-      std::fill_n(part.scratch.template get<scalar_t>(size + kFewColumns * full), size + kFewColumns * full, scalar_t(0));
+      const int64_t needed = size + kFewColumns * full + kLanes;
+      std::fill_n(part.scratch.template get<scalar_t>(needed), needed, scalar_t(0));
       std::fill_n(part.sum.template get<double>(size), size, 0.0);
       return part;
     };
@@ -417,11 +482,11 @@ class Drift {
                                 [&](int64_t begin, int64_t end) { std::fill(to + begin, to + end, scalar_t(0)); });
   }
 
-  template <typename Item, typename Body>
-  static void for_each(const std::vector<Item*>& items, const Body& body) {
+  template <typename Items, typename Body>
+  static void for_each(Items& items, const Body& body) {
     torch::stable::parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
       NoGrad no_grad;
-      for (int64_t i = begin; i < end; ++i) body(*items[i]);
+      for (int64_t i = begin; i < end; ++i) body(items[i]);
     });
   }
 
@@ -476,6 +541,8 @@ class Drift {
   const double* gram0_;
   const std::vector<Rectangle> rectangles_;
   std::vector<Segment> segments_;
+  std::vector<Memory> row_grams_;  // X'WX of each rectangle, float64; empty where no worker met it, or where it is direct
+  bool has_row_grams_ = false, has_grad_ = false;
   std::vector<Tensor> to_h_data_;
   std::vector<RightFactor<scalar_t>> to_h_;
 };

@@ -30,7 +30,9 @@ struct Lanes {
 };
 
 // For columns now [c, H + 1] of the basis, their snapshot and their gradient, which is set, or added to where ``adds``: d =
-// x [V_H | dV]', d/dH and d/dV. y: scratch, kFewColumns padded rows of zeros. Returns the sum of w d^2.
+// x [V_H | dV]', d/dH and d/dV. y: scratch, kFewColumns padded rows and
+// kLanes more, finite. Returns the sum of w d^2.
+// Each vector that is loaded meets a block of the others in registers.
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t num_cols, const scalar_t* __restrict__ now,
                                               const scalar_t* __restrict__ then, scalar_t* __restrict__ grad_basis,
@@ -42,45 +44,92 @@ FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t nu
   const index_t even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
   const int64_t width = rows.width, with_bias = width + 1, full = padded_to_lanes(width + with_bias);
   const int64_t ha_stride = padded_to_lanes(with_bias), grad_stride = padded_to_lanes(width);
-  scalar_t step[kFewRows][kFewColumns];
+  alignas(64) scalar_t step[kFewRows + 1][kFewColumns];  // an odd row is written twice
   doubles_t squares = {};
-  for (int64_t first = 0; first < num_cols; first += kFewColumns) {
+  for (int64_t first = 0; first < num_cols; first += kFewColumns, grad_basis += kFewColumns * with_bias) {
     const int64_t count = std::min(kFewColumns, num_cols - first);
+    const bool whole = (num_cols - first - count) * with_bias >= kLanes;  // behind each column a vector may be read, and
+                                                                          // written where the next columns come later
     for (int64_t c = 0; c < count; ++c, now += with_bias, then += with_bias) {
-      for (int64_t i = 0; i < width; ++i) y[c * full + i] = now[i];
-      for (int64_t i = 0; i < with_bias; ++i) y[c * full + width + i] = now[i] - then[i];
+      scalar_t *to = y + c * full, *rest = to + width;
+      if (whole) {
+        for (int64_t i = 0; i < width; i += kLanes) *(lanes_t*)(to + i) = *(const lanes_t*)(now + i);
+        for (int64_t i = 0; i < with_bias; i += kLanes)
+          *(lanes_t*)(rest + i) = *(const lanes_t*)(now + i) - *(const lanes_t*)(then + i);
+      } else {
+        for (int64_t i = 0; i < width; ++i) to[i] = now[i];
+        for (int64_t i = 0; i < with_bias; ++i) rest[i] = now[i] - then[i];
+      }
+    }
+    for (int64_t r = 0; r < rows.num_rows; r += 2) {
+      const int64_t other = std::min(r + 1, rows.num_rows - 1);
+      lanes_t sums[2][kFewColumns];
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < kFewColumns; ++c) sums[0][c] = sums[1][c] = lanes_t{};
+      for (int64_t i = 0; i < full; i += kLanes) {
+        const lanes_t x0 = *(const lanes_t*)(rows.x + r * full + i), x1 = *(const lanes_t*)(rows.x + other * full + i);
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kFewColumns; ++c) {
+          const lanes_t column = *(const lanes_t*)(y + c * full + i);
+          sums[0][c] += x0 * column;
+          sums[1][c] += x1 * column;
+        }
+      }
+#pragma GCC unroll 3
+      for (int64_t n = kFewColumns / 2; n > 0; n /= 2)  // neighbours added, of two vectors at a time
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < n; ++c)
+#pragma GCC unroll 2
+          for (int64_t p = 0; p < 2; ++p)
+            sums[p][c] = __builtin_shuffle(sums[p][2 * c], sums[p][2 * c + 1], even) +
+                         __builtin_shuffle(sums[p][2 * c], sums[p][2 * c + 1], odd);
+      // the first half of what is left has one row's numbers, the second the other's
+      const lanes_t both = __builtin_shuffle(sums[0][0], sums[1][0], even) + __builtin_shuffle(sums[0][0], sums[1][0], odd);
+      *(lanes_t*)step[r] = both;
     }
     for (int64_t r = 0; r < rows.num_rows; ++r) {
-      lanes_t sums[kFewColumns] = {};
-      for (int64_t i = 0; i < full; i += kLanes) {
-        const lanes_t x = *(const lanes_t*)(rows.x + r * full + i);
-        for (int64_t c = 0; c < kFewColumns; ++c) sums[c] += x * *(const lanes_t*)(y + c * full + i);
-      }
-      for (int64_t n = kFewColumns / 2; n > 0; n /= 2)  // neighbours added, of two vectors at a time
-        for (int64_t c = 0; c < n; ++c)
-          sums[c] =
-              __builtin_shuffle(sums[2 * c], sums[2 * c + 1], even) + __builtin_shuffle(sums[2 * c], sums[2 * c + 1], odd);
-      sums[0] = __builtin_shuffle(sums[0], sums[0], even) + __builtin_shuffle(sums[0], sums[0], odd);
-      few_t d = *(const few_t*)sums;
-      for (int64_t c = count; c < kFewColumns; ++c) d[c] = 0;
-      *(few_t*)step[r] = 2 * rows.weight[r] * d;
-      const doubles_t wide = __builtin_convertvector(d, doubles_t);
+      for (int64_t c = count; c < kFewColumns; ++c) step[r][c] = 0;
+      few_t* d = (few_t*)step[r];
+      const doubles_t wide = __builtin_convertvector(*d, doubles_t);
       squares += double(rows.weight[r]) * wide * wide;
-      scalar_t* grad = rows.grad + r * grad_stride;
-      for (int64_t i = 0; i < grad_stride; i += kLanes) {
-        lanes_t sum = *(const lanes_t*)(grad + i);
-        for (int64_t c = 0; c < count; ++c) sum += step[r][c] * *(const lanes_t*)(y + c * full + i);
-        *(lanes_t*)(grad + i) = sum;
+      *d *= 2 * rows.weight[r];
+    }
+    for (int64_t i = 0; i < grad_stride; i += kLanes) {
+      lanes_t columns[kFewColumns];
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < kFewColumns; ++c) columns[c] = *(const lanes_t*)(y + c * full + i);
+      for (int64_t r = 0; r < rows.num_rows; ++r) {
+        lanes_t* grad = (lanes_t*)(rows.grad + r * grad_stride + i);
+        lanes_t sum = *grad, more = lanes_t{};
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < kFewColumns; c += 2) {
+          sum += step[r][c] * columns[c];
+          more += step[r][c + 1] * columns[c + 1];
+        }
+        *grad = sum + more;
       }
     }
-    for (int64_t c = 0; c < count; ++c, grad_basis += with_bias) {
-      for (int64_t i = 0; i < with_bias; i += kLanes) {
-        lanes_t sum = {};
-        for (int64_t r = 0; r < rows.num_rows; ++r) sum += step[r][c] * *(const lanes_t*)(rows.ha + r * ha_stride + i);
-        if (i + kLanes <= with_bias)
-          *(lanes_t*)(grad_basis + i) = adds ? *(const lanes_t*)(grad_basis + i) + sum : sum;
-        else
-          for (int64_t l = 0; i + l < with_bias; ++l) grad_basis[i + l] = (adds ? grad_basis[i + l] : 0) + sum[l];
+    for (int64_t i = padded_to_lanes(with_bias) - kLanes; i >= 0; i -= kLanes) {  // what is behind a column is set after it
+      lanes_t sums[kFewColumns];
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < kFewColumns; ++c) sums[c] = lanes_t{};
+      for (int64_t r = 0; r < rows.num_rows; ++r) {
+        const lanes_t ha = *(const lanes_t*)(rows.ha + r * ha_stride + i);
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kFewColumns; ++c) sums[c] += step[r][c] * ha;
+      }
+      if (whole) {
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kFewColumns; ++c) {
+          lanes_t* to = (lanes_t*)(grad_basis + c * with_bias + i);
+          *to = adds ? *to + sums[c] : sums[c];
+        }
+      } else {
+        for (int64_t c = 0; c < count; ++c)
+          for (int64_t l = 0; l < std::min(kLanes, with_bias - i); ++l) {
+            scalar_t* to = grad_basis + c * with_bias + i + l;
+            *to = (adds ? *to : 0) + sums[c][l];
+          }
       }
     }
   }

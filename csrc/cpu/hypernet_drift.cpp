@@ -99,19 +99,14 @@ class HypernetDrift {
 
   // Sets the gradients, which are zero-filled, but for the basis's; returns the value.
   double run(const Tensor& grad_embeddings, const std::vector<Tensor>& grad_theta) {
-    drift_.columns();
-    const int64_t num_rows = num_tasks_ * num_chunks_, threads = torch::stable::get_num_threads();
-    const int64_t share =
-        tiles::count((num_rows + threads - 1) / threads) * tiles::kSide;  // so that few rows are shared, too
-    const int64_t tile = std::min({drift_.row_tile(), share, num_rows});
-    std::vector<Worker> workers = for_tiles<Worker>(
-        num_rows, tile, [&] { return Worker(*this, tile); },
-        [&](Worker& worker, int64_t first, int64_t length) {
-          forward(worker, first, length);
-          drift_.rows(worker.drift, first, drift_.rows_of(data<scalar_t>(worker.x.back()), length),
-                      const_data<scalar_t>(worker.slope.back()), data<scalar_t>(worker.grad));
-          backward(worker, first, length);
-        });
+    std::vector<Worker> workers = drift_.template pass_rows<Worker>(
+        [&](int64_t tile) { return Worker(*this, tile); },
+        [&](Worker& worker, int64_t first, int64_t length) { forward(worker, first, length); },
+        [&](const Worker& worker, int64_t, int64_t length) -> typename Drift<scalar_t>::Rows {
+          return {drift_.rows_of(data<scalar_t>(worker.x.back()), length), const_data<scalar_t>(worker.slope.back()),
+                  data<scalar_t>(worker.grad)};
+        },
+        [&](Worker& worker, int64_t first, int64_t length) { backward(worker, first, length); });
     collect(workers, grad_embeddings, grad_theta);
     std::vector<typename Drift<scalar_t>::Worker*> sums;
     for (Worker& worker : workers) sums.push_back(&worker.drift);

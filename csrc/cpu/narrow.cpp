@@ -161,6 +161,17 @@ inline void product_rows(const float* x, const float* right, int64_t depth, int6
   }
 }
 
+void product_tile(const float* tile, int64_t start, int64_t length, int64_t depth, const Product& product, Ahead& ahead) {
+  float* out = product.out + start * product.stride;
+  int64_t i = 0;
+  for (; i + kProductRows <= length; i += kProductRows)
+    product_rows<kProductRows>(tile + i * kWidest, product.right, depth, product.num_cols, ahead, out + i * product.stride,
+                               product.stride);
+  for (; i < length; ++i)
+    product_rows<1>(tile + i * kWidest, product.right, depth, product.num_cols, ahead, out + i * product.stride,
+                    product.stride);
+}
+
 }  // namespace
 
 bool available() {
@@ -172,7 +183,7 @@ bool available() {
   return is_available;
 }
 
-void gram(const Rows& x, bool adds, double* sum) {
+void gram(const Rows& x, bool adds, double* sum, const Product& product) {
   alignas(64) float tile[kTile * kWidest] = {};
   const int64_t width = x.first_cols + x.second_cols;
   for (int64_t start = 0; start < x.num_rows; start += kTile, adds = true) {
@@ -180,22 +191,17 @@ void gram(const Rows& x, bool adds, double* sum) {
     write(x, start, length, tile);
     Ahead ahead(x, start + length);
     gram_tile(tile, length, width, adds, ahead, sum);
+    if (product.right) product_tile(tile, start, length, width, product, ahead);
   }
 }
 
-void multiply(const Rows& x, const float* right, int64_t num_cols, float* out, int64_t out_stride) {
+void multiply(const Rows& x, const Product& product) {
   alignas(64) float tile[kTile * kWidest];
-  const int64_t depth = x.first_cols + x.second_cols;
   for (int64_t start = 0; start < x.num_rows; start += kTile) {
     const int64_t length = std::min(kTile, x.num_rows - start);
     write(x, start, length, tile);
     Ahead ahead(x, start + length);
-    int64_t i = 0;
-    for (; i + kProductRows <= length; i += kProductRows)
-      product_rows<kProductRows>(tile + i * kWidest, right, depth, num_cols, ahead, out + (start + i) * out_stride,
-                                 out_stride);
-    for (; i < length; ++i)
-      product_rows<1>(tile + i * kWidest, right, depth, num_cols, ahead, out + (start + i) * out_stride, out_stride);
+    product_tile(tile, start, length, x.first_cols + x.second_cols, product, ahead);
   }
 }
 
@@ -206,8 +212,8 @@ void multiply(const Rows& x, const float* right, int64_t num_cols, float* out, i
 namespace fasthyper::narrow {
 
 bool available() { return false; }
-void gram(const Rows&, bool, double*) {}
-void multiply(const Rows&, const float*, int64_t, float*, int64_t) {}
+void gram(const Rows&, bool, double*, const Product&) {}
+void multiply(const Rows&, const Product&) {}
 
 }  // namespace fasthyper::narrow
 #endif

@@ -14,13 +14,21 @@ struct Rows {
   int64_t num_rows, first_cols, second_cols, stride;
 };
 
+// out = x right of rows x, num_cols wide, its rows ``stride`` apart; right [width, kColumns], aligned to a cache line
+struct Product {
+  const float* right;
+  int64_t num_cols;
+  float* out;
+  int64_t stride;
+};
+
 // Whether this machine, and ATEN_CPU_CAPABILITY where it is set, allow them
 bool available();
 
-// sum [width, width] += X'X in float64, of it what is not below the diagonal, and some of what is; adds: otherwise it is set
-void gram(const Rows& x, bool adds, double* sum);
+// sum [width, width] += X'X in float64, of it what is not below the diagonal, and some of what is; adds: otherwise it is
+// set. Also the product, unless its right factor is null: rows are read once for both.
+void gram(const Rows& x, bool adds, double* sum, const Product& product);
 
-// out = X right, right [width, kColumns] with num_cols that count, aligned to a cache line
-void multiply(const Rows& x, const float* right, int64_t num_cols, float* out, int64_t out_stride);
+void multiply(const Rows& x, const Product& product);
 
 }  // namespace fasthyper::narrow

@@ -22,10 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
     Drift<scalar_t> drift(basis, basis0, weight, no_gram0, plan, num_tasks, num_chunks, grad_basis,
                           tile_parts<scalar_t>(precision));
     if (num_tasks == 0) return;
-    drift.columns();
-    const int64_t tile = std::min(drift.row_tile(), num_tasks * num_chunks), full = 2 * width + 1;
-    std::vector<Worker> workers = for_tiles<Worker>(
-        num_tasks * num_chunks, tile, [&] { return Worker{{drift, tile}, torch::stable::new_empty(dh, {tile, full})}; },
+    const int64_t full = 2 * width + 1;
+    std::vector<Worker> workers = drift.template pass_rows<Worker>(
+        [&](int64_t tile) { return Worker{{drift, tile}, torch::stable::new_empty(dh, {tile, full})}; },
         [&](Worker& worker, int64_t first, int64_t length) {
           scalar_t* x = data<scalar_t>(worker.x);
           for (int64_t row = first; row < first + length; ++row, x += full) {
@@ -33,9 +32,11 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
             std::copy_n(const_data<scalar_t>(h0) + row * width, width, x + width);
             x[2 * width] = 1;
           }
-          drift.rows(worker.drift, first, drift.rows_of(data<scalar_t>(worker.x), length), nullptr,
-                     data<scalar_t>(grad_h) + first * width);
-        });
+        },
+        [&](const Worker& worker, int64_t first, int64_t length) -> typename Drift<scalar_t>::Rows {
+          return {drift.rows_of(data<scalar_t>(worker.x), length), nullptr, data<scalar_t>(grad_h) + first * width};
+        },
+        [](Worker&, int64_t, int64_t) {});
     std::vector<typename Drift<scalar_t>::Worker*> sums;
     for (Worker& worker : workers) sums.push_back(&worker.drift);
     *data<scalar_t>(value) = static_cast<scalar_t>(drift.finish(sums));

@@ -90,11 +90,14 @@ class PairDrift {
 
   // Sets the gradients but for the basis's, which is added to; returns the value.
   double run(const Tensor& grad_embeddings, const Tensor& grad_chunks) {
-    drift_.columns();
     typename Drift<scalar_t>::Worker sums(drift_, 1);
     const std::vector<Rectangle>& rectangles = drift_.rectangles();
     for (size_t b = 0; b < rectangles.size(); ++b)
-      if (!rectangles[b].direct) gram_rectangle(rectangles[b], const_data<scalar_t>(drift_.to_h(b)), sums.grams[b]);
+      if (!rectangles[b].direct) sums.grams[b].set(gram(rectangles[b]));
+    drift_.sum_rows({&sums});
+    drift_.columns();
+    for (size_t b = 0; b < rectangles.size(); ++b)
+      if (!rectangles[b].direct) add_to_grads(rectangles[b], const_data<scalar_t>(drift_.to_h(b)));
     double value = drift_.finish({&sums});
     const Tensor grad_task = tasks_.grad(), grad_chunk = chunks_.grad();
     for (const Rectangle& r : rectangles)
@@ -110,13 +113,12 @@ class PairDrift {
     int64_t index;
   };
 
-  // X'WX, and what the gradients of the rectangle's tasks and chunks are made of; to_h is 2 Y'V_H
-  void gram_rectangle(const Rectangle& r, const scalar_t* to_h, GramSum<scalar_t>& sum) {
-    PairSide::Run &task = tasks_.run(r.task_lo, r.task_hi), &chunk = chunks_.run(r.chunk_lo, r.chunk_hi);
-    const double *of_task = const_data<double>(task.moments), *of_chunk = const_data<double>(chunk.moments);
-    const int64_t task_depth = 2 * tasks_.dim() + 1, chunk_depth = 2 * chunks_.dim() + 1;
-    const double *task_sum = of_task + (task_depth - 1) * task_depth,
-                 *chunk_sum = of_chunk + (chunk_depth - 1) * chunk_depth;
+  // X'WX of a rectangle
+  std::vector<double> gram(const Rectangle& r) {
+    const Tensor of_task = tasks_.run(r.task_lo, r.task_hi).moments, of_chunk = chunks_.run(r.chunk_lo, r.chunk_hi).moments;
+    const double *task = const_data<double>(of_task), *chunk = const_data<double>(of_chunk);
+    const double *task_sum = last_row(of_task), *chunk_sum = last_row(of_chunk);
+    const int64_t task_depth = of_task.size(0), chunk_depth = of_chunk.size(0);
     std::vector<double> gram;
     gram.reserve(places_.size() * places_.size());
     for (const Place& i : places_)
@@ -124,14 +126,23 @@ class PairDrift {
         if (i.of_chunk != j.of_chunk) {
           gram.push_back(task_sum[i.of_chunk ? j.index : i.index] * chunk_sum[i.of_chunk ? i.index : j.index]);
         } else if (i.of_chunk) {
-          gram.push_back(task_sum[task_depth - 1] * of_chunk[i.index * chunk_depth + j.index]);
+          gram.push_back(task_sum[task_depth - 1] * chunk[i.index * chunk_depth + j.index]);
         } else {
-          gram.push_back(chunk_sum[chunk_depth - 1] * of_task[i.index * task_depth + j.index]);
+          gram.push_back(chunk_sum[chunk_depth - 1] * task[i.index * task_depth + j.index]);
         }
       }
-    sum.set(gram);
-    add_to_grad(false, chunk_sum, tasks_.dim(), chunks_.dim(), to_h, data<double>(task.to_grad));
-    add_to_grad(true, task_sum, chunks_.dim(), tasks_.dim(), to_h + tasks_.dim(), data<double>(chunk.to_grad));
+    return gram;
+  }
+
+  // What the gradients of the rectangle's tasks and chunks are made of; to_h is 2 Y'V_H
+  void add_to_grads(const Rectangle& r, const scalar_t* to_h) {
+    PairSide::Run &task = tasks_.run(r.task_lo, r.task_hi), &chunk = chunks_.run(r.chunk_lo, r.chunk_hi);
+    add_to_grad(false, last_row(chunk.moments), tasks_.dim(), chunks_.dim(), to_h, data<double>(task.to_grad));
+    add_to_grad(true, last_row(task.moments), chunks_.dim(), tasks_.dim(), to_h + tasks_.dim(), data<double>(chunk.to_grad));
+  }
+
+  static const double* last_row(const Tensor& moments) {  // sum of w [x | 1]
+    return const_data<double>(moments) + (moments.size(0) - 1) * moments.size(1);
   }
 
   // A row's own columns of X are counted as often as there are rows of the other side, whose columns are summed into its 1

@@ -162,7 +162,7 @@ class RightFactor {
     if constexpr (std::is_same_v<scalar_t, float>) {
       if (is_narrow_) {
         float* product = space.product.get<float>(a.num_rows * b_.num_cols);
-        narrow::multiply(as_rows(a), memory_.data<float>(), b_.num_cols, product, b_.num_cols);
+        narrow::multiply(as_rows(a), {memory_.data<float>(), b_.num_cols, product, b_.num_cols});
         return result(0, 0, a.num_rows, b_.num_cols, product, b_.num_cols);
       }
       if (parts_)
@@ -179,13 +179,16 @@ class RightFactor {
   template <typename Left>
   void multiply_into(Left a, Workspace& space, Matrix<scalar_t> out) const {
     if constexpr (std::is_same_v<Left, Pair<float>>)
-      if (is_narrow_) return narrow::multiply(as_rows(a), memory_.data<float>(), b_.num_cols, out.data, out.row_stride);
+      if (is_narrow_) return narrow::multiply(as_rows(a), {memory_.data<float>(), b_.num_cols, out.data, out.row_stride});
     if constexpr (!std::is_same_v<Left, Pair<scalar_t>>)
       if (parts_ == 0) return mm_out(as_tensor(out), as_tensor(a), as_tensor(b_));
     multiply(a, space, [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
       put_block<false>(m, n, block, stride, out.data + i * out.row_stride + j, out.row_stride);
     });
   }
+
+  // Where it was packed for narrow products, what they take; else null
+  const float* narrow_data() const { return is_narrow_ ? memory_.data<float>() : nullptr; }
 
  private:
   static int64_t padded(int64_t depth) { return tiles::count(depth) * tiles::kSide; }
@@ -269,11 +272,7 @@ class GramSum {
   // weight of each row; null: 1
   void add(Pair<scalar_t> x, const scalar_t* weight, Workspace& space) {
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!weight && width_ <= narrow::kWidest && narrow::available()) {
-        narrow::gram(as_rows(x), is_set_, gram_.get<double>(width_ * width_));
-        is_set_ = true;
-        return;
-      }
+      if (!weight && width_ <= narrow::kWidest && narrow::available()) return add_narrow(x, nullptr, {});
       if (parts_) {
         for (int64_t i = 0; i < x.num_rows; i += kDepth)
           append(x.rows(i, std::min(kDepth, x.num_rows - i)), weight ? weight + i : nullptr, space);
@@ -281,6 +280,12 @@ class GramSum {
       }
     }
     by_aten(as_matrix(x, space.pair), weight, space);
+  }
+
+  // Also out = X right, unless right is null
+  void add_narrow(Pair<float> x, const float* right, Matrix<float> out) {
+    narrow::gram(as_rows(x), is_set_, gram_.get<double>(width_ * width_), {right, out.num_cols, out.data, out.row_stride});
+    is_set_ = true;
   }
 
   // A sum [width, width] that was made elsewhere
@@ -386,5 +391,19 @@ class GramSum {
   int64_t filled_ = 0;  // rows, padded
   bool negative_[kDepth];
 };
+
+// X'X added to the sum and out = X b, X read once
+template <typename scalar_t>
+void add_and_multiply(Pair<scalar_t> x, GramSum<scalar_t>& sum, const RightFactor<scalar_t>& b, Workspace& space,
+                      Matrix<scalar_t> out) {
+  if constexpr (std::is_same_v<scalar_t, float>)
+    if (b.narrow_data()) return sum.add_narrow(x, b.narrow_data(), out);
+  if (!b.packs()) {  // one matrix for both
+    const Matrix<const scalar_t> whole = as_matrix(x, space.pair);
+    x = {whole.data, whole.data + x.first_cols, nullptr, x.num_rows, x.first_cols, x.second_cols, whole.row_stride};
+  }
+  sum.add(x, nullptr, space);
+  b.multiply_into(x, space, out);
+}
 
 }  // namespace fasthyper
