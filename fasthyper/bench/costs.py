@@ -16,6 +16,7 @@ from fasthyper.layout import Layout
 from fasthyper.planner import MEMORY_BUDGET, by_moments, drift_plan, is_affine, snapshot_bytes
 
 FLOAT = 4  # bytes
+ROWS_KEPT = 4  # csrc/cpu/drift.h: columns for each row from which on rows are kept, and columns read once
 
 
 class Work(NamedTuple):
@@ -92,8 +93,8 @@ def drift_work(shapes: Shapes, past: int) -> Work:
 
     Rows: through each layer after the first, ``[dx | x0 | 1]`` forward and two products backward; the first has T + N rows
     instead of T N. Then dH'W[dH | H* | 1] above the diagonal, and 2 WX (Y'V_H). Columns: Y'Y, and 2 Y (X'W [H | 1]). Bytes:
-    the basis and its snapshot are read by both passes over the columns, its gradient is written, what is stored of the
-    snapshot is read. Without a trunk tasks and chunks are counted, not their pairs: moments of each, and its gradient.
+    the basis and its snapshot are read, twice where rows are many, its gradient is written, what is stored of the snapshot
+    is read. Without a trunk tasks and chunks are counted, not their pairs: moments of each, and its gradient.
     """
     rows = past * shapes.num_chunks
     width, full = shapes.width, 2 * shapes.width + 1
@@ -122,7 +123,8 @@ def drift_work(shapes: Shapes, past: int) -> Work:
             macs += num_rows * (width * (width + 1) // 2 + width * (width + 1) + full * width)
     macs += sum(count * (2 * size + 1) * (3 * size + 1) for *_, count, size in runs)
     macs += _covered(gram_columns) * (full * (full + 1) // 2 + full * (width + 1))
-    return Work(macs, FLOAT * 5 * shapes.chunk_size * (width + 1) + kept(shapes, past))
+    reads = 2 if shapes.hidden and gram_columns and ROWS_KEPT * rows > shapes.chunk_size else 1
+    return Work(macs, FLOAT * (2 * reads + 1) * shapes.chunk_size * (width + 1) + kept(shapes, past))
 
 
 def kept(shapes: Shapes, past: int) -> int:
