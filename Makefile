@@ -91,7 +91,8 @@ fuzz: $(VENV)/.dev
 	python -W ignore tests/fuzz_files.py --count 100000 --seed 1 --out bench/results/fuzz_files.json
 
 bench: $(VENV)/.dev
-	pytest bench --benchmark-json=bench/results/cpu.json
+	pytest bench --ignore=bench/bench_planner.py --benchmark-json=bench/results/cpu.json
+	pytest bench/bench_planner.py --benchmark-json=bench/results/planner.json
 	python bench/precision.py
 	python bench/time_commands.py
 	python bench/hypnettorch_loop.py

@@ -44,6 +44,7 @@ def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     plain = json.loads((RESULTS / "cpu_without_tiles.json").read_text())  # kept by ``fasthyper bench``
+    planner = json.loads((RESULTS / "planner.json").read_text())
     gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
@@ -66,7 +67,7 @@ def main() -> int:
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
             "goals": goals_table(entries, ceiling) + without_tiles(plain),
-            "planner": planner_table(entries),
+            "planner": planner_table(planner),
             "ablation": ablation_table(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
@@ -270,10 +271,17 @@ def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def planner_table(entries: list[dict[str, Any]]) -> str:
-    lines = ["", "| tasks, chunks, chunk size, width | Gram form, ms | direct form, ms | pick over best |", f"|{'---|' * 4}"]
+def planner_table(planner: dict[str, Any]) -> str:
+    machine, entries = planner["machine_info"], [entry["extra_info"] for entry in planner["benchmarks"]]
+    lines = [
+        f"on {machine['machine']}, {machine['threads']} thread{'s' * (machine['threads'] != '1')} "
+        f"({machine['backend']}), commit {machine['commit']}:",
+        "",
+        "| tasks, chunks, chunk size, width | Gram form, ms | direct form, ms | pick over best |",
+        f"|{'---|' * 4}",
+    ]
     for over, most in (("workloads", None), ("random", 5)):
-        (found,) = (entry["table"] for entry in entries if entry["what"] == "planner" and entry["over"] == over)
+        (found,) = (entry["table"] for entry in entries if entry["over"] == over)
         for row in sorted(found, key=lambda row: -row["auto_over_best"])[:most]:
             shape = ", ".join(str(row[key]) for key in ("tasks", "chunks", "chunk_size", "width"))
             name = f"`{row['workload']}`: {shape}" if "workload" in row else shape

@@ -13,9 +13,11 @@ MEMORY_BUDGET = 1 << 28  # bytes of pre-activations that a snapshot stores, unle
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
 
-# beside multiply-adds, in units of those that Gram matrices take (fitted; bench/bench_planner.py shows how well): a direct
-# one, in thin products; each element of rows and columns, read, packed, added up; each of a Gram matrix, summed in float64
+# beside multiply-adds, in units of those that narrow Gram matrices take, in registers (fitted; bench/bench_planner.py shows
+# how well): a wide one, through memory; a direct one, in thin products; each element of rows and columns, read, packed,
+# added up; each of a Gram matrix, summed in float64
 GRAM_ELEMENT, GRAM_SUM = 500, 13_000
+NARROW, WIDE = 31, 1.75  # of at most this width rows and columns fit the registers; else all costs so many times as much
 DIRECT_MAC, DIRECT_ELEMENT = 2.5, 1000
 FEW_ROWS, FEW_MAC, FEW_ELEMENT, FEW_WIDTH = 32, 5, 200, 16  # for so few nothing is packed; widths are filled up to lanes
 
@@ -35,7 +37,8 @@ def direct_macs(cells: int, width: int) -> int:
 
 def gram_cost(rows: int, cols: int, width: int) -> float:
     """What E2 takes, in multiply-adds."""
-    return gram_macs(rows, cols, width) + GRAM_ELEMENT * (rows + cols) * width + GRAM_SUM * width * width
+    cost = gram_macs(rows, cols, width) + GRAM_ELEMENT * (rows + cols) * width + GRAM_SUM * width * width
+    return cost if width <= NARROW else WIDE * cost
 
 
 def direct_cost(cells: int, rows: int, cols: int, width: int) -> float:

@@ -30,9 +30,8 @@ struct Lanes {
 };
 
 // For columns now [c, H + 1] of the basis, their snapshot and their gradient, which is set, or added to where ``adds``: d =
-// x [V_H | dV]', d/dH and d/dV. y: scratch, kFewColumns padded rows and
-// kLanes more, finite. Returns the sum of w d^2.
-// Each vector that is loaded meets a block of the others in registers.
+// x [V_H | dV]', d/dH and d/dV. y: scratch, kFewColumns padded rows and kLanes more, finite. Returns the sum of w d^2.
+// In each of the three products what is loaded meets a block of sums, or of factors, in registers.
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t num_cols, const scalar_t* __restrict__ now,
                                               const scalar_t* __restrict__ then, scalar_t* __restrict__ grad_basis,
@@ -48,8 +47,8 @@ FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t nu
   doubles_t squares = {};
   for (int64_t first = 0; first < num_cols; first += kFewColumns, grad_basis += kFewColumns * with_bias) {
     const int64_t count = std::min(kFewColumns, num_cols - first);
-    const bool whole = (num_cols - first - count) * with_bias >= kLanes;  // behind each column a vector may be read, and
-                                                                          // written where the next columns come later
+    // whole vectors may be read behind each column, and written, for what comes after it is set after it
+    const bool whole = (num_cols - first - count) * with_bias >= kLanes;
     for (int64_t c = 0; c < count; ++c, now += with_bias, then += with_bias) {
       scalar_t *to = y + c * full, *rest = to + width;
       if (whole) {
@@ -83,9 +82,8 @@ FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t nu
           for (int64_t p = 0; p < 2; ++p)
             sums[p][c] = __builtin_shuffle(sums[p][2 * c], sums[p][2 * c + 1], even) +
                          __builtin_shuffle(sums[p][2 * c], sums[p][2 * c + 1], odd);
-      // the first half of what is left has one row's numbers, the second the other's
-      const lanes_t both = __builtin_shuffle(sums[0][0], sums[1][0], even) + __builtin_shuffle(sums[0][0], sums[1][0], odd);
-      *(lanes_t*)step[r] = both;
+      // one row's numbers, then the other's
+      *(lanes_t*)step[r] = __builtin_shuffle(sums[0][0], sums[1][0], even) + __builtin_shuffle(sums[0][0], sums[1][0], odd);
     }
     for (int64_t r = 0; r < rows.num_rows; ++r) {
       for (int64_t c = count; c < kFewColumns; ++c) step[r][c] = 0;
@@ -109,7 +107,7 @@ FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t nu
         *grad = sum + more;
       }
     }
-    for (int64_t i = padded_to_lanes(with_bias) - kLanes; i >= 0; i -= kLanes) {  // what is behind a column is set after it
+    for (int64_t i = padded_to_lanes(with_bias) - kLanes; i >= 0; i -= kLanes) {  // ends first
       lanes_t sums[kFewColumns];
 #pragma GCC unroll 8
       for (int64_t c = 0; c < kFewColumns; ++c) sums[c] = lanes_t{};
