@@ -274,6 +274,7 @@ def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
 def planner_table(planner: dict[str, Any]) -> str:
     machine, entries = planner["machine_info"], [entry["extra_info"] for entry in planner["benchmarks"]]
     lines = [
+        "",
         f"on {machine['machine']}, {machine['threads']} thread{'s' * (machine['threads'] != '1')} "
         f"({machine['backend']}), commit {machine['commit']}:",
         "",
