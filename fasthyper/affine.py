@@ -1,4 +1,4 @@
-"""The drift of a hypernetwork that is one affine map of held embeddings: one product (DESIGN, Without a trunk)."""
+"""What affine maps see of held embeddings, their moments, and the drift of one such map (DESIGN, Without a trunk)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fasthyper.planner import by_moments
+
+
+def sigma_points(embeddings: Tensor) -> Tensor:
+    """``[2 E, E]`` of the same mean and covariance as ``[T, E]``; those themselves if they are no more.
+
+    ``m ± sqrt(E λ_j) u_j``, of the mean m and the covariance's eigenvalues and eigenvectors: whatever is quadratic in an
+    embedding has the same mean over them.
+    """
+    num_tasks, dim = embeddings.shape
+    if num_tasks <= 2 * dim:
+        return embeddings
+    exact = embeddings.double()
+    mean = exact.mean(0)
+    values, vectors = torch.linalg.eigh((exact - mean).T @ (exact - mean) / num_tasks)
+    away = (vectors * (dim * values.clamp(min=0)).sqrt()).T
+    return torch.cat([mean + away, mean - away]).to(embeddings.dtype)
 
 
 class AffineDrift:

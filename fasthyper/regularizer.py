@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthyper import ops, reference
-from fasthyper.affine import AffineDrift
+from fasthyper.affine import AffineDrift, sigma_points
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.planner import MEMORY_BUDGET, drift_plan, is_affine, snapshot_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
@@ -82,8 +82,13 @@ class OutputRegularizer:
         is_worth_it = sampled is None or self.num_past <= _WORTH * sampled
         one_map = is_affine(self.hnet.layout, self.theta0[0].shape[1], self.theta0[1:-1]) and self.form == "auto"
         self._affine = AffineDrift(self.theta0[-1], self.embeddings0) if one_map else None
-        if len(self.theta0) > 2 and is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
-            self._pre0, self._gram0 = self._run_trunk0(self.num_past)
+        self._held, self._held_plan = self.embeddings0, self._all  # what stands in for all past tasks while they are held
+        if len(self.theta0) > 2:
+            if is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
+                self._pre0, self._gram0 = self._run_trunk0(self.num_past)
+        elif self.form == "auto" and not self.hnet.layout.heads:
+            self._held = sigma_points(self.embeddings0)
+            self._held_plan = self._plan(range(len(self._held)))
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
         """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""
@@ -140,7 +145,7 @@ class OutputRegularizer:
         if targets is None and importance is None:
             if self._affine is not None and embeddings is None:
                 return self._affine.penalty(*self._of_affine(arguments))
-            return ops.hypernet_drift(**arguments)
+            return ops.hypernet_drift(**(self._of_held(arguments) if embeddings is None else arguments))
         theta, plan, options = arguments["theta"], arguments["plan"], {"weight": arguments["weight"]}
         options["importance"] = self._rows("importance", importance, tasks)
         if targets is not None:
@@ -169,9 +174,15 @@ class OutputRegularizer:
         if embeddings is not None:
             return ops.hypernet_drift_value_and_grad(**arguments)
         if self._affine is None:
-            return (*ops.hypernet_drift_value_and_grad(**arguments)[:2], None)
+            return (*ops.hypernet_drift_value_and_grad(**self._of_held(arguments))[:2], None)
         value, grad = self._affine.value_and_grad(*self._of_affine(arguments))
         return value, [torch.zeros_like(arguments["theta"][0]), grad], None
+
+    def _of_held(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same with what stands in for all past tasks, if it is all of them, weighted alike."""
+        if arguments["embeddings"] is not self.embeddings0 or arguments["weight"] is not None:
+            return arguments
+        return arguments | {"embeddings": self._held, "embeddings0": self._held, "plan": self._held_plan}
 
     def _of_affine(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What ``AffineDrift`` takes of those of ``ops.hypernet_drift``."""

@@ -9,7 +9,8 @@ from conftest import TOL
 from test_pair_drift import arguments, oracle_value_and_grads
 
 import fasthyper as fh
-from fasthyper.affine import AffineDrift
+from fasthyper import ops
+from fasthyper.affine import AffineDrift, sigma_points
 from fasthyper.layout import Layout
 
 
@@ -71,6 +72,41 @@ def test_regularizer_takes_it_where_past_embeddings_are_held(monkeypatch, past, 
         moving = general.value_and_grad(ahead, general.embeddings0, tasks=tasks, scaling=scaling)
         torch.testing.assert_close(moving[:2], want[:2], rtol=0, atol=0)
         assert moving[2].shape == (past if tasks is None else 2, 6)
+
+
+@hypothesis.given(tasks=st.integers(0, 60), dim=st.integers(1, 9), rank=st.integers(1, 9), seed=st.integers(0, 99))
+def test_few_points_have_the_moments_of_many(tasks, dim, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [(tasks, rank), (rank, dim), (dim,)]]
+    many = made[0] @ made[1] + made[2]
+    few = sigma_points(many)
+    assert len(few) == min(tasks, 2 * dim)
+    for rows, count in [(many, tasks), (few, len(few))]:
+        ones = torch.cat([rows, rows.new_ones(count, 1)], 1)
+        moments = ones.T @ ones / max(1, count)
+        if rows is many:
+            want = moments
+    torch.testing.assert_close(moments, want, rtol=1e-10, atol=1e-10)
+
+
+def test_many_held_tasks_without_a_trunk_are_few_points(monkeypatch):
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(3, (4,), 2), 30, chunk_size=7, hidden=(), task_dim=6, dtype=torch.float64)
+    ahead = [p.detach() + 0.1 * torch.randn_like(p) for p in hnet.theta]
+    few, all_ = fh.OutputRegularizer(hnet), fh.OutputRegularizer(hnet, form="gram")
+    rows, op = [], ops.hypernet_drift_value_and_grad
+    monkeypatch.setattr(ops, "hypernet_drift_value_and_grad", lambda **a: rows.append(len(a["embeddings"])) or op(**a))
+    for past, taken in [(5, 5), (12, 12), (13, 12), (30, 12)]:
+        few.snapshot(past)
+        all_.snapshot(past)
+        have, want = (r.value_and_grad(ahead) for r in (few, all_))
+        assert rows[-2:] == [taken, past]
+        torch.testing.assert_close(have[:2], want[:2], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(few.penalty(ahead), all_.penalty(ahead), rtol=1e-10, atol=0)
+    scaling = torch.linspace(0.5, 2, 30, dtype=torch.float64)  # then, or of some tasks, each counts by itself
+    for given in ({"scaling": scaling}, {"tasks": list(range(20))}, {"embeddings": hnet.embeddings(range(30)) + 0.1}):
+        have, want = (r.value_and_grad(ahead, **given) for r in (few, all_))
+        torch.testing.assert_close(have[:2], want[:2], rtol=1e-10, atol=1e-13)
+        assert rows[-2] == len(given.get("tasks", range(30)))
 
 
 @pytest.mark.parametrize("past", [2, 7])
