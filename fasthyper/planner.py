@@ -60,8 +60,8 @@ def by_moments(num_tasks: int, width: int) -> bool:
 
 
 def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
-    """Memory of a snapshot's pre-activations, one of each trunk layer for each chunk of each task."""
-    return num_tasks * num_chunks * sum(widths) * itemsize
+    """Memory of a snapshot's pre-activations, one of each trunk layer but the first for each chunk of each task."""
+    return num_tasks * num_chunks * sum(widths[1:]) * itemsize
 
 
 def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto", *, trunk: bool = True) -> Tensor:

@@ -71,8 +71,8 @@ def hypernet_drift_fwd(
     """Value of the drift and its gradients for the task embeddings and all of theta, trunk included (E2 behind E5).
 
     A difference goes through the trunk, da = W dx + dW x0 + db and dx = act(a0 + da) - act(a0), so that a small step keeps
-    its digits. Without ``pre0`` its pre-activations are made from the snapshot. ``gram0_BKK`` only spares kernels work;
-    it is not read here.
+    its digits. ``pre0`` and ``gram0_BKK`` only spare work: pre-activations are made from the snapshot else; Gram matrices
+    are not read here.
     """
     (z_NZ, *layers, basis_SK), (z0_NZ, *layers0, basis0_SK) = theta, theta0
     split, act = [embeddings_TE.shape[1]], BY_CODE[activation]
@@ -82,7 +82,7 @@ def hypernet_drift_fwd(
         dx, x0 = pairs(de_TE, dz_NZ), pairs(embeddings0_TE, z0_NZ)
     for i in range(len(layers) // 2):
         weight_OI, bias_O, weight0_OI, bias0_O = *layers[2 * i : 2 * i + 2], *layers0[2 * i : 2 * i + 2]
-        a0 = pre0[i] if pre0 else F.linear(x0 if i else pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
+        a0 = pre0[i - 1] if i and pre0 else F.linear(x0 if i else pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
         if i == 0:
             (we, wz), (we0, wz0) = weight_OI.tensor_split(split, 1), weight0_OI.tensor_split(split, 1)
             da_e = linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)

@@ -91,21 +91,25 @@ class OutputRegularizer:
             self._held_plan = self._plan(range(len(self._held)))
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
-        """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices."""
+        """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices.
+
+        The first layer's, sums of T + N rows, are not worth their bytes.
+        """
         z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
-        per_task = snapshot_bytes(1, len(z), widths, z.element_size())
-        stores = num_past * per_task <= self.memory_budget
-        tasks_at_once = max(1, num_past if stores else _BYTES_AT_ONCE // per_task)
-        pre: list[Tensor] = []
+        stores = snapshot_bytes(num_past, len(z), widths, z.element_size()) <= self.memory_budget
+        stored = [z.new_empty(num_past, len(z), width) for width in widths[1:] if stores]
+        tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * sum(widths) * z.element_size()))
         grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
         with full_precision():  # a task's steps differ from what is made here by little
             for lo in range(0, num_past, tasks_at_once):
                 some = self.embeddings0[lo : lo + tasks_at_once]
-                pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
+                (_, *pre), h0 = run_trunk(self.theta0, some, self.hnet.activation)
+                for kept, made in zip(stored, pre, strict=False):
+                    kept[lo : lo + len(some)] = made
                 plan = _some_tasks(self._all, lo, lo + len(some))
                 with torch.autocast(h0.device.type, enabled=False):
                     grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
-        return (pre if stores else []), grams
+        return stored, grams
 
     def penalty(
         self,
@@ -152,8 +156,6 @@ class OutputRegularizer:
             h = self.hnet.features(arguments["embeddings"], theta)
             return ops.target_drift(h, theta[-1], plan, targets=self._rows("targets", targets, tasks), **options)
         trunk = {key: arguments[key] for key in ("theta", "theta0", "embeddings", "embeddings0", "pre0")}
-        if not trunk["pre0"]:
-            trunk["pre0"] = run_trunk(self.theta0, trunk["embeddings0"], self.hnet.activation).pre
         dh, h0 = trunk_drift(**trunk, activation=self.hnet.activation)
         return ops.target_drift(dh, theta[-1], plan, h0=h0, basis0=self.theta0[-1], **options)
 

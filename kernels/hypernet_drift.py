@@ -70,21 +70,17 @@ def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.co
 
 @triton.jit(do_not_specialize=SIZES)
 def _first_layer(
-    of_tasks, of_chunks, pre, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
-    HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    of_tasks, of_chunks, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
+    LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """da = da_t + da_n; the snapshot's pre-activations as they are stored, or from their parts too."""
+    """da = da_t + da_n; the snapshot's pre-activations likewise."""
     row0, col0 = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1) * BN
     rows, col = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)[None, :]
     left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
     mask = (tl.arange(0, BM)[:, None] < left) & (col < width)
     at_task, at_chunk = (rows % num_tasks)[:, None] * width + col, (rows // num_tasks)[:, None] * width + col
     da = tl.load(of_tasks + at_task, mask=mask, other=0.0) + tl.load(of_chunks + at_chunk, mask=mask, other=0.0)
-    if HAS_PRE:
-        a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
-    else:
-        a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
+    a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)
     x += row0 * L
@@ -251,18 +247,18 @@ class Trunk:
         bias, bias0 = self.biases[0], self.biases0[0]
         of_tasks = F.linear(torch.cat([e_TE - e0_TE, e0_TE], 1), torch.cat([we, we - we0], 1), bias - bias0)
         of_chunks = F.linear(torch.cat([z_NZ - z0_NZ, z0_NZ], 1), torch.cat([wz, wz - wz0], 1))
-        pre = (self.pre0[0], None, None) if has_pre else (None, F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0))
+        pre = F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0)
         grid = (triton.cdiv(self.num_rows, 16), max(1, triton.cdiv(padded(self.widths[0]), 128)))
         _first_layer[grid](
             *(of_tasks, of_chunks, *pre, self.roots, *factor(self.x[0]), self.slopes[0], *self._of(0)),
             **self.settings,
-            **{"HAS_PRE": has_pre, "LAST": last == 0, "BM": 16, "BN": 128},
+            **{"LAST": last == 0, "BM": 16, "BN": 128},
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
             tile_of = ALONG_TILE if has_pre else TWO_PRODUCTS_TILE
             _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
-                *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i] if has_pre else None, self.roots),
+                *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i - 1] if has_pre else None, self.roots),
                 *(*factor(self.x[i]), self.slopes[i], *self._of(i)),
                 **self.settings,
                 **{"HAS_PRE": has_pre, "LAST": i == last},

@@ -35,7 +35,7 @@ def hypernet_drift(tasks, chunks, chunk_size, task_dim, chunk_dim, hidden, activ
     widths = task_dim + chunk_dim, *hidden
     layers = [t for i, o in pairwise(widths) for t in (torch.empty(o, i), torch.empty(o))]
     theta = [torch.empty(chunks, chunk_dim), *layers, torch.empty(chunk_size, widths[-1] + 1)]
-    pre0 = [torch.empty(tasks, chunks, o) for o in hidden] if with_pre0 else []
+    pre0 = [torch.empty(tasks, chunks, o) for o in hidden[1:]] if with_pre0 else []
     gram0 = torch.empty(1 if with_pre0 else 0, widths[-1] + 1, widths[-1] + 1, dtype=torch.float64)
     plan = torch.tensor([[0, -1, 0, chunks, 0, chunk_size, form]], device="cpu")
     e = torch.empty(tasks, task_dim)

@@ -186,7 +186,7 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
         then = earlier(name)
         tensors[name] = tensors[name].float().double()
         tensors[then] = (tensors[name] - step * values(draw, *sizes[name])).float().double()
-    tensors |= {f"pre0[{i}]": values(draw, *grid[:2], o) for i, o in enumerate(hidden)}
+    tensors |= {f"pre0[{i}]": values(draw, *grid[:2], o) for i, o in enumerate(hidden[1:])}
     tensors["plan"] = draw_plan(draw, *grid)
     made_again = draw(st.booleans())
     if made_again:
@@ -194,14 +194,16 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
     if draw(st.booleans()):
         tensors["weight"] = weights(draw, grid[0])
         if draw(st.booleans()):
-            rows = reference.pairs(tensors["embeddings0"], tensors["theta0[0]"])
-            h0 = BY_CODE[code].value(tensors[f"pre0[{len(hidden) - 1}]"]) if hidden else rows
+            h0 = reference.pairs(tensors["embeddings0"], tensors["theta0[0]"])
+            for i in range(len(hidden)):
+                a0 = tensors[f"pre0[{i - 1}]"] if i else F.linear(h0, tensors["theta0[1]"], tensors["theta0[2]"])
+                h0 = BY_CODE[code].value(a0)
             tensors["gram0"] = reference.gram0(h0, tensors["weight"], tensors["plan"])
 
     absolute = {name: t.abs() for name, t in tensors.items()}
     if made_again:
         absolute |= pre_activations(absolute, len(hidden), lambda a: a + 1)
-    positive = tensors | {f"pre0[{i}]": absolute[f"pre0[{i}]"] + 1 for i in range(len(hidden))}
+    positive = tensors | {f"pre0[{i}]": absolute[f"pre0[{i}]"] + 1 for i in range(len(hidden) - 1)}
     if "weight" in tensors:
         positive["weight"] = absolute["weight"]
     if made_again:
@@ -209,10 +211,11 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
     for name in sizes:
         then = earlier(name)
         now, change = tensors[name].abs(), (tensors[name] - tensors[then]).abs()
-        is_input = name in ("theta[0]", "embeddings")
-        positive |= (
-            {name: tensors[then].abs() + change, then: tensors[then].abs()} if is_input else {name: now, then: now - change}
-        )
+        if name in ("theta[0]", "embeddings", *(["theta[1]", "theta[2]"] if hidden else [])):  # of which pre0 is made
+            before = tensors[then].abs() + float(name == "theta[2]")
+            positive |= {name: before + change, then: before}
+        else:
+            positive |= {name: now, then: now - change}
 
     def call(tensors, code):
         def run(t):
@@ -226,11 +229,12 @@ def hypernet_drift(draw: Draw, public=ops.hypernet_drift) -> Call:
 
 
 def pre_activations(tensors: Tensors, num_layers: int, value: Callable[[Tensor], Tensor]) -> Tensors:
-    """Those of the snapshot."""
+    """Those of the snapshot, but for the first layer's."""
     found, x = {}, reference.pairs(tensors["embeddings0"], tensors["theta0[0]"])
     for i in range(num_layers):
-        found[f"pre0[{i}]"] = F.linear(x, tensors[f"theta0[{2 * i + 1}]"], tensors[f"theta0[{2 * i + 2}]"])
-        x = value(found[f"pre0[{i}]"])
+        a0 = F.linear(x, tensors[f"theta0[{2 * i + 1}]"], tensors[f"theta0[{2 * i + 2}]"])
+        found |= {f"pre0[{i - 1}]": a0} if i else {}
+        x = value(a0)
     return found
 
 

@@ -49,7 +49,7 @@ def arguments(shape, activation, dtype=torch.float64, step=0.1, form="auto"):
         "theta0": theta0,
         "embeddings": embeddings0 + step * random(embeddings0.shape),
         "embeddings0": embeddings0,
-        "pre0": run_trunk(theta0, embeddings0, activation).pre,
+        "pre0": run_trunk(theta0, embeddings0, activation).pre[1:],
         "plan": drift_plan(layout, range(tasks), widths[-1], form),
         "activation": activation.code,
     }
@@ -192,11 +192,8 @@ def test_hypernet_drift_names_what_is_wrong():
     for changed, error, message in (
         ({"theta": args["theta"][1:]}, ValueError, "need 2 tensors and 2 per layer each, got 5"),
         ({"embeddings": args["embeddings"][:2]}, ValueError, r"embeddings0 must have shape \[2, 3\], got \[3, 3\]"),
-        (
-            {"pre0": [args["pre0"][0], args["pre0"][0]]},
-            ValueError,
-            r"pre0\[1\] must have shape \[3, 5, 4\], got \[3, 5, 5\]",
-        ),
+        ({"pre0": 2 * args["pre0"]}, ValueError, "2 layers need 1 pre-activations in pre0, or none, got 2"),
+        ({"pre0": [args["pre0"][0].mT]}, ValueError, r"pre0\[0\] must have shape \[3, 5, 4\], got \[3, 4, 5\]"),
         ({"theta0": [t.float() for t in args["theta0"]]}, TypeError, r"theta0\[0\] is torch.float32"),
         ({"plan": args["plan"].int()}, TypeError, "plan must be int64 on the CPU"),
         ({"weight": torch.ones(2, dtype=torch.float64)}, ValueError, r"weight must have shape \[3\], got \[2\]"),
@@ -205,6 +202,23 @@ def test_hypernet_drift_names_what_is_wrong():
     ):
         with pytest.raises(error, match=message):
             ops.hypernet_drift(**{**args, **changed})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_hypernet_drift_of_elu_from_far_below(implementation, dtype):
+    """Pre-activations from hundreds below 0 to about 0: exp of where they start is next to nothing, what it becomes is not."""
+    shape = (2, 3, 20, 3, 2, (17, 18))
+    args = arguments(shape, ACTIVATIONS["elu"], dtype)
+    for start in (-30.0, -50, -300, -650, -1000):
+        for key, bias in (("theta", 0), ("theta0", start)):
+            args[key] = [p.detach() if i != 4 else torch.full_like(p, bias) for i, p in enumerate(args[key])]
+        args["pre0"] = run_trunk(args["theta0"], args["embeddings0"], ACTIVATIONS["elu"]).pre[1:]
+        weight, width = torch.ones(2, dtype=dtype), args["theta"][-1].shape[1]
+        gram0 = torch.empty(0, width, width, dtype=torch.float64)
+        value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, gram0))
+        want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["elu"], args, weight)
+        for have, want in zip([value, *grad_theta, grad_embeddings], [want_value, *want_grads], strict=True):
+            assert oracle.relative_error(have, want) < {torch.float64: 1e-12, torch.float32: 1e-4}[dtype], start
 
 
 def test_elu_from_far_below():

@@ -15,7 +15,7 @@ from fasthyper.streams import Stream, Task, TaskData
 
 
 def toy(num_tasks):
-    options = {"chunk_size": 7, "hidden": (5,), "task_dim": 3, "chunk_dim": 2, "dtype": torch.float64}
+    options = {"chunk_size": 7, "hidden": (5, 4), "task_dim": 3, "chunk_dim": 2, "dtype": torch.float64}
     hnet = fh.ChunkedHypernet(fh.nets.MLP(3, (4,), 2), num_tasks, **options)
 
     def make_task(index):

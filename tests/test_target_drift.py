@@ -294,10 +294,12 @@ def test_penalty_to_targets_and_with_importance(
 def test_trunk_drift_is_the_difference_of_two_trunks(activation, hidden):
     hnet, generator = make_hnet(hidden), torch.Generator().manual_seed(1)
     theta0, embeddings0 = [p.detach() for p in hnet.theta], torch.stack(list(hnet.task_embeddings)).detach()
-    pre0, h0 = run_trunk(theta0, embeddings0, activation)
+    made, h0 = run_trunk(theta0, embeddings0, activation)
     leaves = [p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in (*theta0, embeddings0)]
     *theta, embeddings = (p.requires_grad_() for p in leaves)
-    drift, features = trunk_drift(theta, theta0, embeddings, embeddings0, pre0, activation)
+    drift, features = trunk_drift(theta, theta0, embeddings, embeddings0, made[1:], activation)
+    again, _ = trunk_drift(theta, theta0, embeddings, embeddings0, [], activation)
+    assert oracle.relative_error(again.detach(), drift.detach()) < 1e-13
     plain = run_trunk(theta, embeddings, activation).features
     assert torch.equal(features, h0) and oracle.relative_error(drift.detach(), (plain - h0).detach()) < 1e-13
     pull = torch.randn(h0.shape, generator=generator, dtype=h0.dtype)

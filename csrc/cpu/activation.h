@@ -107,31 +107,37 @@ inline FASTHYPER_VECTOR_CLONES void elu_drift(Shape shape, const float* __restri
   }
 }
 
-// t = min(a0, 0); u = min(a0 + da, 0) - t, the drift of what lies below 0, exact for every sign
+// Where elu is -1 in float64 and its slope 0, and exp not yet: a starts no lower
+constexpr double kLowest = -700;
+
+// t = v = min(a, 0); u = min(a + d, 0) - t, the drift of what lies below 0, exact for every sign
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES void elu_arguments(int64_t size, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
-                                           scalar_t* __restrict__ t, scalar_t* __restrict__ u) {
+                                           scalar_t* __restrict__ t, scalar_t* __restrict__ u, scalar_t* __restrict__ v) {
   for (int64_t i = 0; i < size; ++i) {
-    const scalar_t above = std::max(a0[i], scalar_t(0)), below = std::min(a0[i], scalar_t(0));
-    t[i] = below;
-    u[i] = da[i] - std::max(da[i] + below, -above);
+    const scalar_t a = std::max(a0[i], scalar_t(kLowest)), d = da[i] + (a0[i] - a);
+    const scalar_t above = std::max(a, scalar_t(0)), below = std::min(a, scalar_t(0));
+    t[i] = v[i] = below;
+    u[i] = std::min(d - std::max(d + below, -above), -below);  // rounding may not carry it above 0
   }
 }
 
-// from t = expm1(min(a0, 0)) and u = expm1 of the drift below 0
+// from t = exp(min(a, 0)), u = expm1 of the drift below 0 and v = expm1(min(a, 0))
 template <typename scalar_t>
 FASTHYPER_VECTOR_CLONES void elu_drift(Shape shape, const scalar_t* __restrict__ a0, const scalar_t* __restrict__ da,
                                        const scalar_t* __restrict__ t, const scalar_t* __restrict__ u,
-                                       scalar_t* __restrict__ x0, scalar_t* __restrict__ dx, scalar_t* __restrict__ slope) {
+                                       const scalar_t* __restrict__ v, scalar_t* __restrict__ x0, scalar_t* __restrict__ dx,
+                                       scalar_t* __restrict__ slope) {
   for (int64_t r = 0; r < shape.rows; ++r, x0 += shape.stride, dx += shape.stride) {
     for (int64_t i = 0; i < shape.width; ++i) {
-      const scalar_t above = std::max(a0[i], scalar_t(0)), below = std::min(a0[i], scalar_t(0));
-      const scalar_t d_above = std::max(da[i] + below, -above), exp0 = 1 + t[i], d_below = exp0 * u[i];
-      x0[i] = above + t[i];
+      const scalar_t a = std::max(a0[i], scalar_t(kLowest)), d = da[i] + (a0[i] - a);
+      const scalar_t above = std::max(a, scalar_t(0)), below = std::min(a, scalar_t(0));
+      const scalar_t d_above = std::max(d + below, -above), d_below = t[i] * u[i];
+      x0[i] = above + v[i];
       dx[i] = d_above + d_below;
-      slope[i] = d_above > -above ? scalar_t(1) : exp0 + d_below;
+      slope[i] = d_above > -above ? scalar_t(1) : t[i] + d_below;
     }
-    a0 += shape.width, da += shape.width, t += shape.width, u += shape.width, slope += shape.width;
+    a0 += shape.width, da += shape.width, t += shape.width, u += shape.width, v += shape.width, slope += shape.width;
   }
 }
 
@@ -189,10 +195,11 @@ void activation_drift(Activation activation, int64_t num_rows, int64_t width, co
   for (int64_t r = 0; r < num_rows; ++r) x[r * shape.stride + 2 * width] = 1;
   if (fused<scalar_t>(activation)) return fused_drift(activation, shape, a0, da, x0, dx, slope);
   if (activation == Activation::kElu) {
-    elu_arguments(size, a0, da, t, u);
-    const Tensor both = rows(scratch, 0, 2 * size);
-    unary_out("aten::expm1", both, both);
-    return elu_drift(shape, a0, da, t, u, x0, dx, slope);
+    elu_arguments(size, a0, da, t, u, v);
+    const Tensor first = rows(scratch, 0, size), others = rows(scratch, size, 2 * size);
+    unary_out("aten::exp", first, first);  // 1 + expm1 would lose the digits of what u brings back to 1
+    unary_out("aten::expm1", others, others);
+    return elu_drift(shape, a0, da, t, u, v, x0, dx, slope);
   }
   tanh_arguments<scalar_t>(size, activation == Activation::kTanh ? 1 : 0.5, a0, da, t, u, v);
   const Tensor all = rows(scratch, 0, 3 * size);

@@ -16,7 +16,7 @@ struct Layer {
   Tensor weight;       // [o, i]
   Tensor step;         // [2 i + 1, o], what x is multiplied by
   Tensor step0;        // [i + 1, o], what [x0 | 1] is multiplied by, where a0 is not given
-  const scalar_t* a0;  // [T, N, o] or null
+  const scalar_t* a0;  // [T, N, o] or null, as of the first layer
   int64_t width;       // o
   RightFactor<scalar_t> by_step, by_step0, by_weight;
 };
@@ -80,7 +80,7 @@ class HypernetDrift {
       Layer<scalar_t> layer{weight,
                             make_step(weight, weight0, bias, bias0),
                             Tensor(),
-                            pre0.empty() ? nullptr : const_data<scalar_t>(pre0[l]),
+                            l == 0 || pre0.empty() ? nullptr : const_data<scalar_t>(pre0[l - 1]),
                             weight.size(0),
                             RightFactor<scalar_t>(parts),
                             RightFactor<scalar_t>(parts),
@@ -119,7 +119,7 @@ class HypernetDrift {
         : drift(h.drift_, tile),
           by_x(h.parts_),
           da(h.make({tile * h.widest_})),
-          a0(h.make({h.layers_[0].a0 ? 0 : tile * h.widest_})),
+          a0(h.make({tile * h.widest_})),
           grad(h.make({tile * h.widest_})),
           grad_in(h.make({tile * h.widest_})),
           scratch(h.make({fused<scalar_t>(h.activation_) ? 0 : 3 * tile * h.widest_})) {
@@ -154,7 +154,7 @@ class HypernetDrift {
       scalar_t *x = data<scalar_t>(worker.x[l]), *slope = data<scalar_t>(worker.slope[l]);
       if (l == 0) {
         first_layer(from_task_, from_chunk_, first, da);
-        if (!layer.a0) first_layer(from_task0_, from_chunk0_, first, a0_out);
+        first_layer(from_task0_, from_chunk0_, first, a0_out);
       } else {
         const int64_t width_in = layers_[l - 1].width;
         const Matrix<scalar_t> x_in = tile_of(worker.x[l - 1], length, 2 * width_in + 1);
@@ -261,7 +261,6 @@ class HypernetDrift {
     from_chunk_ = make({num_chunks_, width});
     mm_out(from_task_, task_x_, part(0, task_dim_, true));
     mm_out(from_chunk_, chunk_x_, part(task_dim_, chunk_dim_, false));
-    if (layers_[0].a0) return;
     const Tensor& step0 = layers_[0].step0;  // [W0 | b0]'
     from_task0_ = make({num_tasks_, width});
     from_chunk0_ = make({num_chunks_, width});
@@ -338,7 +337,7 @@ class HypernetDrift {
   const Tensor task_x_, chunk_x_;  // [de | e0 | 1], [dz | z0 | 1]
   std::vector<Layer<scalar_t>> layers_;
   Tensor from_task_, from_chunk_;    // [T, o], [N, o]: their parts of the first layer's da
-  Tensor from_task0_, from_chunk0_;  // of its a0, where that is not given
+  Tensor from_task0_, from_chunk0_;  // of its a0
 };
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vector<Tensor> theta, std::vector<Tensor> theta0,

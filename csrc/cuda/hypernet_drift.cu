@@ -284,7 +284,7 @@ Tensor call(Problem<T>& p, const Device& device, const std::vector<Tensor>& thet
     layer.bias = const_data<T>(theta[2 * l + 2]);
     layer.weight0 = const_data<T>(theta0[2 * l + 1]);
     layer.bias0 = const_data<T>(theta0[2 * l + 2]);
-    layer.a0 = pre0.empty() ? nullptr : const_data<T>(pre0[l]);
+    layer.a0 = l == 0 || pre0.empty() ? nullptr : const_data<T>(pre0[l - 1]);
     layer.grad_weight = data<T>(grad_theta[2 * l + 1]);
     layer.grad_bias = data<T>(grad_theta[2 * l + 2]);
   }

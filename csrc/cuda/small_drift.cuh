@@ -56,7 +56,7 @@ struct Runs {
 
 template <typename T>
 struct Layer {
-  const T *weight, *bias, *weight0, *bias0, *a0;  // a0 [T, N, width], or null
+  const T *weight, *bias, *weight0, *bias0, *a0;  // a0 [T, N, width], or null, as of the first
   T *grad_weight, *grad_bias;
   int width;
   // where things lie in shared memory: [dx | x0] of the tile's rows, the slopes, which gradients replace, both weights
@@ -117,7 +117,7 @@ __device__ void load_columns(const Problem<T>& p, int first, int count, T* y, in
   }
 }
 
-// Of row ``row`` of [now], [then], part of the first layer's da, and of its a0 if that is not given
+// Of row ``row`` of [now], [then], part of the first layer's da, and of its a0
 template <typename T>
 __device__ void first_part(const Problem<T>& p, const T* now, const T* then, int depth, int start, bool has_bias, int o,
                            T* to, T* to0) {
@@ -131,7 +131,7 @@ __device__ void first_part(const Problem<T>& p, const T* now, const T* then, int
     a0 += then[k] * w0[k];
   }
   *to = da;
-  if (!layer.a0) *to0 = a0;
+  *to0 = a0;
 }
 
 template <typename T>
@@ -308,7 +308,7 @@ __device__ void activate_rows(const Problem<T>& p, const Layer<T>& layer, bool i
     T da, a0;
     if (is_first) {
       da = p.from_task[of_task] + p.from_chunk[of_chunk];
-      a0 = layer.a0 ? T(0) : p.from_task0[of_task] + p.from_chunk0[of_chunk];
+      a0 = p.from_task0[of_task] + p.from_chunk0[of_chunk];
     } else {
       da = *x + (layer.bias[o] - layer.bias0[o]);
       a0 = layer.a0 ? T(0) : *slope + layer.bias0[o];

@@ -69,18 +69,22 @@ class Targets(Sequence[list[Tensor]]):
         if self._plan is None or held is not self._plan_for:
             self._plan_for, self._gram0 = held, None
             self._plan = held.plan(self.network, range(len(self))) if held else plan_of_all(self.network, len(self))
-        pre = self.pre()
-        if pre and self._gram0 is None and weight is None:
-            h0 = self.network.function(pre[-1])
+        if self._keeps and self._gram0 is None and weight is None:
+            h0 = self.network.features(self.theta, self.embeddings)
             self._gram0 = gram0(h0, h0.new_full((len(self),), 1 / len(self)), self._plan)
-        return self._plan, pre, None if weight is not None else self._gram0
+        return self._plan, self.pre(), None if weight is not None else self._gram0
 
     @torch.no_grad()
     def pre(self) -> list[Tensor]:
-        """Pre-activations ``[T, N, h]`` of each trunk layer; empty without a trunk, or beyond the budget."""
+        """Pre-activations ``[T, N, h]`` of each trunk layer but the first; empty beyond the budget."""
         if self._pre is None:
-            network, activation, itemsize = self.network, self.network.activation, self.theta[0].element_size()
-            fits = snapshot_bytes(len(self), network.num_chunks, network.hidden, itemsize) <= MEMORY_BUDGET
-            stores = fits and not network.own_chunks
-            self._pre = run_trunk(self.theta, self.embeddings, activation).pre if stores and activation else []
+            activation = self.network.activation
+            self._pre = run_trunk(self.theta, self.embeddings, activation).pre[1:] if self._keeps and activation else []
         return self._pre
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether there is a trunk, of ours, whose pre-activations fit the budget."""
+        network, itemsize = self.network, self.theta[0].element_size()
+        fits = snapshot_bytes(len(self), network.num_chunks, network.hidden, itemsize) <= MEMORY_BUDGET
+        return bool(network.hidden and network.activation) and not network.own_chunks and fits
