@@ -77,6 +77,15 @@ def test_every_scenario_and_method_runs_and_is_evaluated_in_its_own_way(tmp_path
     assert list(evaluate(tmp_path).values()) == runner.results.matrix[1]
 
 
+@pytest.mark.parametrize("method", ["tir", "r"])
+def test_settings_without_a_replay_of_their_own_hold_for_the_replay_model(tmp_path, method):
+    pytest.importorskip("sklearn")
+    options = {"lr_embedding": 0.5, "lookahead": False, "schedule": "cosine", "embedding_std": 0.1, "steps": 1}
+    replay = run(tiny(f"split-mnist-cl3-{method}", **options), tmp_path, progress=False, log=lambda line: None).replay
+    assert [replay.config[key] for key in ("lr_embedding", "lookahead", "schedule")] == [0.5, False, "cosine"]
+    assert replay.hnet.config["embedding_std"] == 0.1
+
+
 def test_steps_may_go_by_epochs_and_evaluation_by_tasks(tmp_path):
     pytest.importorskip("sklearn")
     recipe = tiny("permuted-mnist-1000", num_tasks=3, epochs=2, batch_size=500, evaluate_every=2)

@@ -218,7 +218,8 @@ def _new(recipe: Recipe, stream: streams.Stream, options: dict[str, Any]) -> Run
         return trainer
     common.pop("memory_budget", None)
     learning: dict[str, Any] = {"lr": recipe.lr, "schedule": recipe.schedule, "seed": recipe.seed}
-    replay = ReplayModel(build_replay(recipe, num_inputs), beta=recipe.replay_beta, device=device, **learning, **of_part)
+    held: dict[str, Any] = {"beta": recipe.replay_beta, "lr_embedding": recipe.lr_embedding, "lookahead": recipe.lookahead}
+    replay = ReplayModel(build_replay(recipe, num_inputs), device=device, **held, **learning, **of_part)
     if class_of(recipe) is HnetTIR:
         net = nets.xavier_(nets.MLP(num_inputs, recipe.target_hidden, recipe.num_tasks), recipe.seed)
         return HnetTIR(replay, net, trainer, **learning, **common)
@@ -238,6 +239,8 @@ def build_replay(recipe: Recipe, num_inputs: int) -> ChunkedHypernet:
         task_dim=recipe.task_dim,
         chunk_dim=recipe.chunk_dim,
         activation="elu",
+        init=recipe.init,
+        embedding_std=recipe.embedding_std,
         generate="decoder.*",
         rest="trained",
         seed=recipe.seed,
