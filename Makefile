@@ -11,8 +11,9 @@ BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard cs
 NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift precision fuzz
 SANITIZED := output_drift hypernet_drift generate candidate_step regularizer fuzz
 
-# what no backend changes
-ONCE := fuzz_files report_in_browser cuda_compiles cuda_emulated kernels_compile
+# what no backend changes: data, reports, processes, tools (`pure` has what is run from outside once more)
+ONCE := fuzz_files report report_in_browser cuda_compiles cuda_emulated kernels_compile streams images cifar celeba fetch vision \
+  adapters avalanche layering metrics loggers recipe_file bench bench_gpu sweep distributed kills faults cli packaging docs examples export
 # what differs where no extension was built: which implementation serves, and all that is run from outside
 PURE := packaging cli trainer regularizer affine candidate_step inference checkpoint export examples docs
 TRITON := hyper_linear aligned hypernet_drift output_drift direct_kernels target_drift adam candidate_step

@@ -671,7 +671,9 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
     if len(theta) < 2 or len(theta) % 2 or len(theta0) != len(theta):
         raise ValueError(f"{op}: theta and theta0 need 2 tensors and 2 per layer each, got {len(theta)} and {len(theta0)}")
     if len(pre0) not in (0, num_layers - 1):
-        raise ValueError(f"{op}: {num_layers} layers need {num_layers - 1} pre-activations in pre0, or none, got {len(pre0)}")
+        raise ValueError(
+            f"{op}: pre0 needs {num_layers - 1} pre-activations for {num_layers} layers, or none, got {len(pre0)}"
+        )
     named = {"embeddings": embeddings, "embeddings0": embeddings0}
     named |= {f"theta[{i}]": p for i, p in enumerate(theta)} | {f"theta0[{i}]": p for i, p in enumerate(theta0)}
     named |= {f"pre0[{i}]": a for i, a in enumerate(pre0)} | ({} if weight is None else {"weight": weight})

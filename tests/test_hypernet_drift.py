@@ -192,7 +192,7 @@ def test_hypernet_drift_names_what_is_wrong():
     for changed, error, message in (
         ({"theta": args["theta"][1:]}, ValueError, "need 2 tensors and 2 per layer each, got 5"),
         ({"embeddings": args["embeddings"][:2]}, ValueError, r"embeddings0 must have shape \[2, 3\], got \[3, 3\]"),
-        ({"pre0": 2 * args["pre0"]}, ValueError, "2 layers need 1 pre-activations in pre0, or none, got 2"),
+        ({"pre0": 2 * args["pre0"]}, ValueError, "pre0 needs 1 pre-activations for 2 layers, or none, got 2"),
         ({"pre0": [args["pre0"][0].mT]}, ValueError, r"pre0\[0\] must have shape \[3, 5, 4\], got \[3, 4, 5\]"),
         ({"theta0": [t.float() for t in args["theta0"]]}, TypeError, r"theta0\[0\] is torch.float32"),
         ({"plan": args["plan"].int()}, TypeError, "plan must be int64 on the CPU"),
@@ -206,7 +206,7 @@ def test_hypernet_drift_names_what_is_wrong():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_hypernet_drift_of_elu_from_far_below(implementation, dtype):
-    """Pre-activations from hundreds below 0 to about 0: exp of where they start is next to nothing, what it becomes is not."""
+    """Pre-activations rise from hundreds below 0 to about 0: exp of where they start is next to nothing."""
     shape = (2, 3, 20, 3, 2, (17, 18))
     args = arguments(shape, ACTIVATIONS["elu"], dtype)
     for start in (-30.0, -50, -300, -650, -1000):

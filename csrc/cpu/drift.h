@@ -167,9 +167,7 @@ class Drift {
           rows(worker.drift, first, at(worker, first, length), true, !keeps);
           if (!keeps) backward(worker, first, length);
         });
-    std::vector<Worker*> sums;
-    for (Item& worker : workers) sums.push_back(&worker.drift);
-    sum_rows(sums);
+    sum_rows(parts_of(workers));
     if (!keeps) return workers;
     columns();
     for_each(workers, [&](Item& worker) {
@@ -178,6 +176,14 @@ class Drift {
       backward(worker, first, length);
     });
     return workers;
+  }
+
+  // What is ours of the workers of ``pass_rows``
+  template <typename Item>
+  static std::vector<Worker*> parts_of(std::vector<Item>& workers) {
+    std::vector<Worker*> parts;
+    for (Item& worker : workers) parts.push_back(&worker.drift);
+    return parts;
   }
 
   // Of all rows X'WX, which the workers have added up

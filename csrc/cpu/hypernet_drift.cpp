@@ -108,9 +108,7 @@ class HypernetDrift {
         },
         [&](Worker& worker, int64_t first, int64_t length) { backward(worker, first, length); });
     collect(workers, grad_embeddings, grad_theta);
-    std::vector<typename Drift<scalar_t>::Worker*> sums;
-    for (Worker& worker : workers) sums.push_back(&worker.drift);
-    return drift_.finish(sums);
+    return drift_.finish(drift_.parts_of(workers));
   }
 
  private:

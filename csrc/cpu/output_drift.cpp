@@ -37,9 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
           return {drift.rows_of(data<scalar_t>(worker.x), length), nullptr, data<scalar_t>(grad_h) + first * width};
         },
         [](Worker&, int64_t, int64_t) {});
-    std::vector<typename Drift<scalar_t>::Worker*> sums;
-    for (Worker& worker : workers) sums.push_back(&worker.drift);
-    *data<scalar_t>(value) = static_cast<scalar_t>(drift.finish(sums));
+    *data<scalar_t>(value) = static_cast<scalar_t>(drift.finish(drift.parts_of(workers)));
   });
   return {value, grad_h, grad_basis};
 }

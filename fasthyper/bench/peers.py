@@ -2,7 +2,7 @@
 
 ``hypnettorch`` 0.0.4 runs the paper's code: a loop over old tasks. ``eager`` is what one writes in plain PyTorch without a
 loop: all old tasks' weights ``[T, P]`` from batched products, subtracted from stored ones. ``compile`` is ``eager`` under
-``torch.compile``.
+``torch.compile``. ``recompute`` is ours where a snapshot stores no pre-activations: less memory for more time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fasthyper.bench.workloads import Workload
 from fasthyper.compat.convert import in_hypnettorch_order, to_hypnettorch
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.metrics import TaskRecord
+from fasthyper.planner import MEMORY_BUDGET
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.trainer import Trainer
 
@@ -70,18 +71,24 @@ class Side(abc.ABC):
 
 class Ours(Side):
     name = OURS
+    memory_budget = MEMORY_BUDGET
 
     def prepare(self, what: str) -> Call:
         if what == "step":
-            options = {"eps": self.eps}
-            trainer = Trainer(self.hnet, lr=LR, beta=self.workload.beta, optimizer_options=options, progress=False)
+            options: dict[str, Any] = {"optimizer_options": {"eps": self.eps}, "memory_budget": self.memory_budget}
+            trainer = Trainer(self.hnet, lr=LR, beta=self.workload.beta, progress=False, **options)
             trainer.results.tasks = [TaskRecord(task) for task in range(self.past)]
             current = trainer._begin(self.past, "")
             return lambda: trainer._step(current, self.x, self.y)
-        regularizer = OutputRegularizer(self.hnet)
+        regularizer = OutputRegularizer(self.hnet, memory_budget=self.memory_budget)
         regularizer.snapshot(self.past)
         ahead = [p.detach() + d for p, d in zip(self.hnet.theta, self.ahead(), strict=True)]
         return lambda: regularizer.value_and_grad(ahead)[:2]
+
+
+class Recompute(Ours):
+    name = "recompute"
+    memory_budget = 0
 
 
 class Hypnettorch(Side):
@@ -221,8 +228,9 @@ class Compiled(Eager):
         return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-SIDES: dict[str, type[Side]] = {side.name: side for side in (Ours, Hypnettorch, Eager, Compiled)}
-PEERS = tuple(name for name in SIDES if name != OURS)
+SIDES: dict[str, type[Side]] = {side.name: side for side in (Ours, Recompute, Hypnettorch, Eager, Compiled)}
+OTHERS = tuple(name for name in SIDES if name != OURS)
+PEERS = tuple(name for name, side in SIDES.items() if not issubclass(side, Ours))
 
 
 def missing(name: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasthyper.bench.peers import PEERS, missing
+from fasthyper.bench.peers import OTHERS, PEERS, missing
 from fasthyper.bench.workloads import WHATS, WORKLOADS, Workload, mlp
 from fasthyper.environment import environment
 from fasthyper.errors import FasthyperError
@@ -30,7 +30,8 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--workload", type=names, default=["p10"], metavar="NAME,...", help=f"{', '.join(WORKLOADS)}; or all")
     verb.add_argument("--tasks", type=_counts, metavar="INT,...", help="past tasks (default: the workload's own)")
     verb.add_argument("--what", type=_names("what", WHATS), default=list(WHATS), metavar="NAME,...", help=", ".join(WHATS))
-    verb.add_argument("--against", type=_names("peer", PEERS), metavar="NAME,...", help=f"{', '.join(PEERS)} (default: all)")
+    peers = f"{', '.join(OTHERS)} (default: {', '.join(PEERS)})"
+    verb.add_argument("--against", type=_names("peer", OTHERS), metavar="NAME,...", help=peers)
     _common(verb, "runs/bench", 10.0)
     verb.set_defaults(command=_bench)
 
