@@ -178,11 +178,11 @@ STATES = {
 }
 
 
-def random_state(name, step):
+def random_state(name, step, seed=3):
     """(hnet, theta0, embeddings, theta) with ||theta - theta0|| / ||theta0|| = step, parameter by parameter."""
     hnet = fh.ChunkedHypernet(fh.nets.MLP(20, (60,), 10), 6, task_dim=8, chunk_dim=4, activation="elu", **STATES[name])
     theta0 = [p.detach().clone() for p in hnet.theta]
-    generator, theta = torch.Generator().manual_seed(3), []
+    generator, theta = torch.Generator().manual_seed(seed), []
     for p in theta0:  # biases start at 0 and move by the step itself
         noise = torch.randn(p.shape, generator=generator)
         theta.append(p + step * noise * (p.norm() / noise.norm() if p.any() else 1))
@@ -203,23 +203,23 @@ def trained_state():
     return hnet, theta0, [e.detach().clone() for e in hnet.task_embeddings], [p.detach().clone() for p in hnet.theta]
 
 
-def assert_as_exact_as_the_slow_way(state, reached):
-    """The bound of the project, and below it what is reached."""
-    ours, slow = float32_errors(*state)
-    assert ours["value"] < 1e-4
-    assert ours["gradient"] <= 1.5 * slow["gradient"]
-    assert max(ours.values()) < reached
+def assert_as_exact_as_the_slow_way(states, reached):
+    """The bound of the project, and below it what is reached. One state's errors may be luck: their mean counts."""
+    ours, slow = zip(*(float32_errors(*state) for state in states), strict=True)
+    for errors in ours:
+        assert errors["value"] < 1e-4 and max(errors.values()) < reached
+    assert sum(errors["gradient"] for errors in ours) <= 1.5 * sum(errors["gradient"] for errors in slow)
 
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", STATES)
 def test_float32_is_as_exact_as_the_slow_way_in_random_states(name, step):
-    assert_as_exact_as_the_slow_way(random_state(name, step), reached=1e-6)
+    assert_as_exact_as_the_slow_way([random_state(name, step, seed) for seed in range(3, 11)], reached=1e-6)
 
 
 def test_float32_is_as_exact_as_the_slow_way_in_a_trained_state():
     pytest.importorskip("sklearn")
-    assert_as_exact_as_the_slow_way(trained_state(), reached=1e-5)
+    assert_as_exact_as_the_slow_way([trained_state()], reached=1e-5)
 
 
 @pytest.mark.parametrize("outputs_per_task", [None, 2])

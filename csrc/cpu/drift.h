@@ -19,6 +19,7 @@ namespace fasthyper {
 
 constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
 constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
+constexpr int64_t kRowTile = 256;                 // rows at a time: their part of the trunk lies in the second-level cache
 constexpr int64_t kRowsKept = 4;                  // rows are kept where there are so many times as many columns
 constexpr int64_t kFewGrain = 1 << 18;            // multiply-adds of few rows below which a second thread does not pay
 constexpr int64_t kGramGrain = 1 << 14;           // elements of a Gram matrix below which a second thread does not pay
@@ -158,7 +159,7 @@ class Drift {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t share = tiles::count((num_rows_ + threads - 1) / threads) * tiles::kSide;  // few rows are shared, too
     const bool keeps = !segments_.empty() && kRowsKept * num_rows_ <= basis_tensor_.size(0);
-    const int64_t tile = std::min({keeps ? share : row_tile(), share, num_rows_});
+    const int64_t tile = std::min({keeps ? share : kRowTile, share, num_rows_});
     if (!keeps) columns();
     std::vector<Item> workers = for_tiles<Item>(
         num_rows_, tile, [&] { return make(tile); },
@@ -342,9 +343,6 @@ class Drift {
     }
     std::fill(grad + reached * with_bias, grad + grad_basis_tensor_.numel(), scalar_t(0));
   }
-
-  // Rows that suit the machine at a time
-  int64_t row_tile() const { return parts_ ? 256 : 1024; }
 
   // A tile of rows first, first + 1, ..., row = task * num_chunks + chunk: adds to the worker's sums, or sets the gradient
   void rows(Worker& worker, int64_t first, Rows tile, bool with_gram, bool with_grad) const {
