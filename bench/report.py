@@ -300,9 +300,15 @@ def without_tiles(plain: dict[str, Any]) -> str:
         for row in plain["rows"]
         if (row["what"], row["workload"], row["past"]) == (what, workload, past)
     ]
+    (row,) = (row for row in plain["rows"] if "recompute" in row["peers"])
+    recompute, theirs = row["peers"]["recompute"], row["peers"][PEER]
+    ours, less, most = (1e-6 * sum(side["memory"].values()) for side in (row, recompute, theirs))
     return (
         f"Without tile units, on {machine['machine']}, commit {machine['commit']}, {machine['date']}:\n"
         f"{', '.join(ratios)}.\n"
+        f"Memory of a step of `{row['workload']}` at {row['past']} there: {ours:.0f} MB; {less:.0f} MB with `memory_budget=0`, "
+        f"which takes {recompute['ratio']:.2f} times as\nlong; {PEER}'s {most:.0f} MB, "
+        f"{most / ours:.1f} and {most / less:.1f} times as much (asked: 10).\n"
     )
 
 
