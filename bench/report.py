@@ -306,8 +306,9 @@ def without_tiles(plain: dict[str, Any]) -> str:
     return (
         f"Without tile units, on {machine['machine']}, commit {machine['commit']}, {machine['date']}:\n"
         f"{', '.join(ratios)}.\n"
-        f"Memory of a step of `{row['workload']}` at {row['past']} there: {ours:.0f} MB; {less:.0f} MB with `memory_budget=0`, "
-        f"which takes {recompute['ratio']:.2f} times as\nlong; {PEER}'s {most:.0f} MB, "
+        f"Memory of a step of `{row['workload']}` at {row['past']} there: {ours:.0f} MB; "
+        f"{less:.0f} MB with `memory_budget=0`, which takes {recompute['ratio']:.2f} times as\nlong; "
+        f"{PEER}'s {most:.0f} MB, "
         f"{most / ours:.1f} and {most / less:.1f} times as much (asked: 10).\n"
     )
 

@@ -185,7 +185,6 @@ _ALL = (
     # chosen by the images it replays, as a classifier of all digits sees them, seed 45; five times the decoder's size
     _wide(_OF_TABLE_1["split-mnist-cl3-r"], (100, 100), replay_chunk_size=20_000, lr_embedding=1e-2),
     _scheduled(_OF_TABLE_1["split-mnist-cl3-tir"]),
-    _scheduled(_OF_TABLE_1["split-mnist-cl3-r"]),
     _scheduled(_OF_TABLE_1["permuted-mnist-10-cl3-tir"], steps=2500, lr=5e-4, beta=0.02),
     replace(
         _PERMUTED,
