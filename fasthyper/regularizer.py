@@ -84,9 +84,9 @@ class OutputRegularizer:
         self._affine = AffineDrift(self.theta0[-1], self.embeddings0) if one_map else None
         self._held, self._held_plan = self.embeddings0, self._all  # what stands in for all past tasks while they are held
         if len(self.theta0) > 2:
-            if is_worth_it:  # without a trunk nothing of the size of all features is made, now or later
+            if is_worth_it:
                 self._pre0, self._gram0 = self._run_trunk0(self.num_past)
-        elif self.form == "auto" and not self.hnet.layout.heads:
+        elif self.form == "auto" and not self.hnet.layout.heads:  # without a trunk features of all tasks are never made
             self._held = sigma_points(self.embeddings0)
             self._held_plan = self._plan(range(len(self._held)))
 
