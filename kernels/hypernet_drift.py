@@ -16,8 +16,6 @@ from torch import Tensor
 from fasthyper.kernels.activation import RELU, drift
 from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
 from fasthyper.kernels.products import (
-    ALONG_TILE,
-    TWO_PRODUCTS_TILE,
     collapse,
     dot_along,
     down,
@@ -29,6 +27,9 @@ from fasthyper.kernels.products import (
     tile,
 )
 
+LAYER_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
+BACK_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
 SIZES = "num_tasks", "num_chunks"  # a size of 1 would be a constant, which has no type to cast
 
 
@@ -256,7 +257,7 @@ class Trunk:
         )
         for i in range(1, last + 1):
             pair, single = self._pack(i)
-            tile_of = ALONG_TILE if has_pre else TWO_PRODUCTS_TILE
+            tile_of = LAYER_TILE if has_pre else TWO_PRODUCTS_TILE
             _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
                 *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i - 1] if has_pre else None, self.roots),
                 *(*factor(self.x[i]), self.slopes[i], *self._of(i)),
@@ -297,11 +298,11 @@ class Trunk:
         return self._factor(self.num_rows, columns) if i else self.roots.new_empty(1, self.num_rows, columns)
 
     def _back(self, i: int, a: Tensor, b: Tensor, depth: int, extra: Tensor | None, rows: tuple[int, int]) -> None:
-        _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i])),)](
+        _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i]), BACK_TILE),)](
             *(*factor(a), *factor(b), depth, extra, self.roots, self.slopes[i]),
             *(self.grad, self.grad.stride(0), *rows, *self._of(i)),
             **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1, "FIRST": i == 0},
-            **ALONG_TILE,
+            **BACK_TILE,
         )
 
     def backward(self, e_TE: Tensor, z_NZ: Tensor) -> tuple[Tensor, list[Tensor]]:

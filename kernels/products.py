@@ -18,7 +18,6 @@ from torch import Tensor
 from fasthyper.kernels.precision import factor_precision
 
 ALONG_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
-TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
 DOWN_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products do not know bfloat16
 PROGRAMS = 1056  # that a product down columns should have at most: eight for each multiprocessor of an H100
@@ -126,7 +125,7 @@ def factor(t: Tensor) -> tuple[Tensor, int, int]:
     return t, t.stride(0), t.stride(1)
 
 
-def num_tiles(rows: int, cols: int, tile: Mapping[str, int] = ALONG_TILE) -> int:
+def num_tiles(rows: int, cols: int, tile: Mapping[str, int]) -> int:
     """Programs of a product along rows, at least one for each tile of rows."""
     return triton.cdiv(rows, tile["BM"]) * max(1, triton.cdiv(cols, tile["BN"]))
 
@@ -136,7 +135,7 @@ def along(a: Tensor, b: Tensor, out: Tensor) -> None:
     (parts, rows, depth), cols = a.shape, b.shape[1]
     if rows and cols:
         sizes = out, out.stride(0), rows, cols, depth
-        _along[(num_tiles(rows, cols),)](*factor(a), *factor(b), *sizes, PARTS=parts, **ALONG_TILE)
+        _along[(num_tiles(rows, cols, ALONG_TILE),)](*factor(a), *factor(b), *sizes, PARTS=parts, **ALONG_TILE)
 
 
 def down(a: Tensor, b: Tensor, *, upper: bool = False) -> Tensor:

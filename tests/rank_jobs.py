@@ -100,7 +100,7 @@ def digest(trainer):
     """Of every bit of the hypernetwork."""
     sha = hashlib.sha256()
     for tensor in trainer.hnet.state_dict().values():
-        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -109,7 +109,7 @@ def found(trainer):
     return {
         "curves": [number for record in trainer.results.tasks for _, number in (*record.loss, *record.drift)],
         "accuracy": [value for row in trainer.results.accuracy.values() for value in row.values()],
-        "state": torch.cat([t.detach().double().flatten() for t in trainer.hnet.state_dict().values()]).tolist(),
+        "state": torch.cat([t.detach().cpu().double().flatten() for t in trainer.hnet.state_dict().values()]).tolist(),
         "digest": digest(trainer),
     }
 
@@ -155,6 +155,22 @@ def work(rank, count, directory):
     if rank < 2:
         report["lost"] = lost(rank, groups[2], directory, report)
     (directory / f"{rank}.json").write_text(json.dumps(report))
+
+
+ON_GPUS = "plain", "aligned, heads", "plastic", "sampled", "batch norm"
+
+
+def work_on_gpus(rank, count, directory, backend="nccl"):
+    """``ON_GPUS``, each rank on its own GPU or, as a host of its own, on the only one: NCCL then takes sockets."""
+    os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=count)
+    ranks = Ranks(dist.group.WORLD, device)
+    report = {case: found(train(case, trainer_for(case, ranks, device=device))) for case in ON_GPUS}
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
 
 
 def spoiled(ranks):
