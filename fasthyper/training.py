@@ -87,7 +87,8 @@ class TaskInTraining:
 
 def total(grads: Sequence[Tensor]) -> Tensor:
     """A number ``[]`` that is finite where all of them are, in one pass and without a read from the device."""
-    parts = torch._foreach_norm(list(grads), math.inf) if grads[0].is_cuda else [grad.sum() for grad in grads]
+    some = [grad for grad in grads if grad.numel()]  # of an empty one there is no largest
+    parts = torch._foreach_norm(some, math.inf) if grads[0].is_cuda else [grad.sum() for grad in some]
     return torch.stack([part.to(grads[0].dtype) for part in parts]).sum()
 
 

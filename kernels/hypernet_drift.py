@@ -1,6 +1,7 @@
 """The drift with the trunk before it (DESIGN E2 behind E5): rows go forward through the trunk, meet columns, and go back.
 
-Each layer is one product with what follows it done before a tile leaves its program.
+Each layer is one product with what follows it done before a tile leaves its program. Beside its numbers a layer has a few
+that bring them into float16's range: what bounds them is known before they are made, from the largest of the layer before.
 """
 
 from __future__ import annotations
@@ -8,46 +9,77 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fasthyper.kernels.activation import RELU, drift
-from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, row_grams
+from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, right, row_grams
 from fasthyper.kernels.products import (
+    Factor,
+    Right,
     collapse,
     dot_along,
     down,
-    factor,
     num_parts,
     num_tiles,
-    split,
+    scale_for,
     store_parts,
+    strides,
     tile,
 )
 
-LAYER_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+LAYER_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
-BACK_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+BACK_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
 SIZES = "num_tasks", "num_chunks"  # a size of 1 would be a constant, which has no type to cast
+
+# Numbers of a layer. Peaks are the largest absolute values that there are, bounds what they cannot exceed.
+PEAK_DX, PEAK_X, SCALE_DX, SCALE_X = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+BOUND_DA, BOUND_A0 = tl.constexpr(4), tl.constexpr(5)  # pre-activations, of the first layer the tasks' part
+BOUND_DA_N, BOUND_A0_N = tl.constexpr(6), tl.constexpr(7)  # and the chunks' part
+PEAK_GRAD, SCALE_GRAD = tl.constexpr(8), tl.constexpr(9)
+BOUND_GRAD = tl.constexpr(10)  # of the last layer, before its slope and root
+BOUND_EXTRA = tl.constexpr(11)  # what else comes to it
+GAIN = tl.constexpr(12)  # largest sum of a row of |W'|
+ROOT = tl.constexpr(13)  # largest root of a task's weight: of the last layer
+NUMBERS = 14
+STEEPEST = tl.constexpr(2.0)  # no activation's slope, nor its quotient of differences, is above
 
 
 @triton.jit
 def _store_features(
-    dx, x0, slope, root, x, part, L, slopes, num_rows, col0, width, P,
-    LAST: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dx, x0, slope, root, x, part, L, here, slopes, num_rows, col0, width, P, is_first_program,
+    LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, the drift in the first half of x, in the second the features at the snapshot (LAST) or now."""
     row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
-    live, mask = col < width, (row < num_rows) & (col < P)
+    live, mask = (row < num_rows) & (col < width), (row < num_rows) & (col < P)
+    bound_dx = STEEPEST * (tl.load(here + BOUND_DA) + tl.load(here + BOUND_DA_N))
+    bound_x = tl.load(here + BOUND_A0) + tl.load(here + BOUND_A0_N)
+    if not LAST:
+        bound_x += bound_dx
+    if (ACT == 2) | (ACT == 3):
+        bound_x = tl.minimum(bound_x, 1.0)
+    bound_x = tl.maximum(bound_x, 1.0)
+    if LAST:
+        bound_dx *= tl.load(here + ROOT)
+        bound_x *= tl.load(here + ROOT)
+    scale_dx, scale_x = scale_for(bound_dx), scale_for(bound_x)
+    if is_first_program:
+        tl.store(here + SCALE_DX, scale_dx)
+        tl.store(here + SCALE_X, scale_x)
     other = x0 if LAST else x0 + dx
-    store_parts(x + row * L + col, part, tl.where(live, dx * root[:, None], 0.0), mask, PARTS)
-    store_parts(x + P + row * L + col, part, tl.where(live, other * root[:, None], 0.0), mask, PARTS)
+    dx, other = tl.where(live, dx * root[:, None], 0.0), tl.where(live, other * root[:, None], 0.0)
+    tl.atomic_max(here + PEAK_DX, tl.max(tl.max(tl.abs(dx), 1), 0), sem="relaxed")
+    tl.atomic_max(here + PEAK_X, tl.maximum(tl.max(tl.max(tl.abs(other), 1), 0), tl.max(root, 0)), sem="relaxed")
+    store_parts(x + row * L + col, part, dx * scale_dx, mask, PARTS)
+    store_parts(x + P + row * L + col, part, other * scale_x, mask, PARTS)
     tl.store(slopes + row * P + col, slope, mask=mask)
     if col0 == 0:
         end = tl.arange(0, 16)[None, :]
-        store_parts(x + 2 * P + row * L + end, part, tl.where(end == 0, root[:, None], 0.0), row < num_rows, PARTS)
+        ones = tl.where(end == 0, root[:, None] * scale_x, 0.0)
+        store_parts(x + 2 * P + row * L + end, part, ones, row < num_rows, PARTS)
 
 
 @triton.jit
@@ -69,9 +101,57 @@ def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.co
     return tl.load(pre + at.to(tl.int64)[:, None] * width + col, mask=(row[:, None] < num_rows) & (col < width), other=0.0)
 
 
+@triton.jit
+def _raise(to, values, live):
+    """Raises a number to the largest absolute one of a tile."""
+    tl.atomic_max(to, tl.max(tl.max(tl.abs(tl.where(live, values, 0.0)), 1), 0), sem="relaxed")
+
+
+@triton.jit
+def _first_sums(
+    e, e0, z, z0, weight, weight0, bias, bias0, roots, of_tasks, of_chunks, pre_tasks, pre_chunks, first, last,
+    num_tasks, num_chunks, E, Z, width, programs_tasks, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What a task, and what a chunk, adds to the first layer's da and a0; bounds of these, and of the roots."""
+    is_task = tl.program_id(0) < programs_tasks
+    if is_task:
+        x, x0, depth, num_rows, out, out0, bounds = e, e0, E, num_tasks, of_tasks, pre_tasks, first + BOUND_DA
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    else:
+        x, x0, depth, num_rows, out, out0, bounds = z, z0, Z, num_chunks, of_chunks, pre_chunks, first + BOUND_DA_N
+        rows = (tl.program_id(0) - programs_tasks) * BM + tl.arange(0, BM)[:, None]
+        weight += E
+        weight0 += E
+    cols, k = tl.program_id(1) * BN + tl.arange(0, BN)[None, :], tl.arange(0, BK)
+    da, a0 = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    for lo in range(0, depth, BK):
+        in_x, in_w = (rows < num_rows) & (k[None, :] + lo < depth), (cols < width) & (k[:, None] + lo < depth)
+        at_x, at_w = rows * depth + k[None, :] + lo, cols * (E + Z) + k[:, None] + lo
+        before, w0 = tl.load(x0 + at_x, mask=in_x, other=0.0), tl.load(weight0 + at_w, mask=in_w, other=0.0)
+        dx = tl.load(x + at_x, mask=in_x, other=0.0) - before
+        w = tl.load(weight + at_w, mask=in_w, other=0.0)
+        da = tl.dot(dx, w, da, input_precision="ieee")
+        da = tl.dot(before, w - w0, da, input_precision="ieee")
+        a0 = tl.dot(before, w0, a0, input_precision="ieee")
+    if is_task:
+        b0 = tl.load(bias0 + cols, mask=cols < width, other=0.0)
+        da += tl.load(bias + cols, mask=cols < width, other=0.0) - b0
+        a0 += b0
+    live, at = (rows < num_rows) & (cols < width), rows * width + cols
+    tl.store(out + at, da, mask=live)
+    tl.store(out0 + at, a0, mask=live)
+    _raise(bounds, da, live)
+    _raise(bounds + 1, a0, live)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        task = tl.arange(0, 128)
+        for lo in range(0, num_tasks, 128):
+            some = tl.load(roots + lo + task, mask=lo + task < num_tasks, other=0.0)
+            tl.atomic_max(last + ROOT, tl.max(some, 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _first_layer(
-    of_tasks, of_chunks, pre_tasks, pre_chunks, roots, x, part, L, slopes, num_tasks, num_chunks, width, P,
+    of_tasks, of_chunks, pre_tasks, pre_chunks, roots, x, part, L, here, slopes, num_tasks, num_chunks, width, P,
     LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """da = da_t + da_n; the snapshot's pre-activations likewise."""
@@ -86,13 +166,16 @@ def _first_layer(
     root = _roots(roots, row0, left, num_tasks, LAST, BM)
     x += row0 * L
     slopes += row0 * P
-    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
+    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    _store_features(
+        dx, x0, slope, root, x, part, L, here, slopes, left, col0, width, P, is_first, LAST, ACT, PARTS, BM, BN
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _layer(
-    x_in, part_in, L_in, weights, weights_part, weights_L, weights0, weights0_part, weights0_L, pre, roots,
-    x, part, L, slopes, num_tasks, num_chunks, width, P,
+    x_in, part_in, L_in, weights, weights_part, weights_L, inverse, weights0, weights0_part, weights0_L, inverse0,
+    pre, roots, x, part, L, here, slopes, num_tasks, num_chunks, width, P,
     HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +184,10 @@ def _layer(
     left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
     x_in += row0 * L_in
     weights += col0 * weights_L
+    col = col0 + tl.arange(0, BN)[None, :]
     da = tl.zeros((BM, BN), tl.float32)
     da = dot_along(da, x_in, part_in, L_in, left, weights, weights_part, weights_L, width - col0, L_in, BM, BN, BK, PARTS)
+    da *= tl.load(inverse + col, mask=col < width, other=0.0)
     if HAS_PRE:
         a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
     else:
@@ -111,16 +196,20 @@ def _layer(
         a0 = dot_along(
             a0, x_in, part_in, L_in, left, weights0, weights0_part, weights0_L, width - col0, L_in, BM, BN, BK, PARTS
         )
+        a0 *= tl.load(inverse0 + col, mask=col < width, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)
     x += row0 * L
     slopes += row0 * P
-    _store_features(dx, x0, slope, root, x, part, L, slopes, left, col0, width, P, LAST, PARTS, BM, BN)
+    is_first = tl.program_id(0) == 0
+    _store_features(
+        dx, x0, slope, root, x, part, L, here, slopes, left, col0, width, P, is_first, LAST, ACT, PARTS, BM, BN
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _back(
-    a, a_part, lda, b, b_part, ldb, depth, extra, roots, slopes, out, out_part, row_lo, row_hi,
+    a, a_part, lda, b, b_part, ldb, inverse, depth, above, extra, roots, slopes, out, out_part, here, row_lo, row_hi,
     num_tasks, num_chunks, width, P,
     HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -135,6 +224,12 @@ def _back(
     grad = dot_along(grad, a, a_part, lda, left, b, b_part, ldb, width - col0, depth, BM, BN, BK, PARTS)
     row, col = tl.arange(0, BM)[:, None], col0 + tl.arange(0, BN)[None, :]
     mask = (row < left) & (col < P)
+    grad *= tl.load(inverse + col, mask=col < width, other=0.0)
+    if LAST:
+        bound = STEEPEST * tl.load(here + ROOT) * (tl.load(here + BOUND_GRAD) + tl.load(here + BOUND_EXTRA))
+    else:
+        grad /= tl.load(above + SCALE_GRAD)
+        bound = STEEPEST * tl.load(above + PEAK_GRAD) * tl.load(above + GAIN)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)[:, None]
     if HAS_EXTRA:
         grad += _load_pre(extra, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
@@ -143,35 +238,61 @@ def _back(
     if FIRST:
         tl.store(out + row0 * P + row * P + col, grad, mask=mask)
     else:
-        store_parts(out + row0 * P + row * P + col, out_part, grad, mask, PARTS)
+        scale = scale_for(bound)
+        tl.store(here + SCALE_GRAD, scale)
+        tl.atomic_max(here + PEAK_GRAD, tl.max(tl.max(tl.abs(grad), 1), 0), sem="relaxed")
+        store_parts(out + row0 * P + row * P + col, out_part, grad * scale, mask, PARTS)
+
+
+@triton.jit
+def _store_row(first, second, last, at, part, inverse, col, P, in_row, in_cols, PARTS: tl.constexpr):
+    """Rows [first | second | last 0 ...] of what is multiplied from the right."""
+    peak = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))[:, None]
+    scale, end = scale_for(tl.maximum(peak, tl.abs(last))), tl.arange(0, 16)[None, :]
+    store_parts(at + col, part, first * scale, in_cols, PARTS)
+    store_parts(at + P + col, part, second * scale, in_cols, PARTS)
+    store_parts(at + 2 * P + end, part, tl.where(end == 0, last * scale, 0.0), in_row, PARTS)
+    tl.store(inverse, 1 / scale, mask=in_row)
 
 
 @triton.jit
 def _pack(
-    weight, weight0, bias, bias0, pair, pair_part, L_in, single, single_part, single_L, turned, turned_part, P_out,
-    num_out, num_in, P_in,
+    weight, weight0, bias, bias0, below, here, pair, pair_part, L_in, pair_inverse,
+    single, single_part, single_L, single_inverse, turned, turned_part, P_out, turned_inverse,
+    num_out, num_in, P_in, programs_out,
     HAS_PRE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """[W0 | dW | db 0 ...], of which x takes da; [-W0 | W0 | b0 0 ...], of which it takes a0; and W'."""
-    o = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    i = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
-    live = (o < num_out) & (i < num_in)
-    w = tl.load(weight + o * num_in + i, mask=live, other=0.0)
-    w0 = tl.load(weight0 + o * num_in + i, mask=live, other=0.0)
-    store_parts(turned + i * P_out + o, turned_part, w, (o < P_out) & (i < num_in), PARTS)
-    mask = (o < num_out) & (i < P_in)
-    store_parts(pair + o * L_in + i, pair_part, w0, mask, PARTS)
-    store_parts(pair + o * L_in + P_in + i, pair_part, w - w0, mask, PARTS)
-    if not HAS_PRE:
-        store_parts(single + o * L_in + i, single_part, -w0, mask, PARTS)
-        store_parts(single + o * L_in + P_in + i, single_part, w0, mask, PARTS)
-    if tl.program_id(1) == 0:
-        end = tl.arange(0, 16)[None, :]
-        b = tl.load(bias + o, mask=o < num_out, other=0.0)
-        b0 = tl.load(bias0 + o, mask=o < num_out, other=0.0)
-        store_parts(pair + o * L_in + 2 * P_in + end, pair_part, tl.where(end == 0, b - b0, 0.0), o < num_out, PARTS)
+    """[W0 | dW | db 0 ...], of which x takes da; [-W0 | W0 | b0 0 ...], of which it takes a0; and W'. And bounds of them."""
+    if tl.program_id(0) < programs_out:
+        o, i = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None], tl.arange(0, BN)[None, :]
+        live, in_row, in_cols = (o < num_out) & (i < num_in), o < num_out, (o < num_out) & (i < P_in)
+        w0 = tl.load(weight0 + o * num_in + i, mask=live, other=0.0)
+        dw = tl.load(weight + o * num_in + i, mask=live, other=0.0) - w0
+        b0 = tl.load(bias0 + o, mask=in_row, other=0.0)
+        db = tl.load(bias + o, mask=in_row, other=0.0) - b0
+        peak_dx, peak_x = tl.load(below + PEAK_DX), tl.load(below + PEAK_X)
+        sum_w0 = tl.sum(tl.abs(w0), 1)[:, None]
+        bound_da = sum_w0 * peak_dx + tl.sum(tl.abs(dw), 1)[:, None] * peak_x + tl.abs(db)
+        tl.atomic_max(here + BOUND_DA, tl.max(tl.max(bound_da, 1), 0), sem="relaxed")
+        bound_a0 = sum_w0 * (peak_x + peak_dx) + tl.abs(b0)
+        tl.atomic_max(here + BOUND_A0, tl.max(tl.max(bound_a0, 1), 0), sem="relaxed")
+        dx_unit, x_unit = 1 / tl.load(below + SCALE_DX), 1 / tl.load(below + SCALE_X)
+        _store_row(
+            w0 * dx_unit, dw * x_unit, db * x_unit, pair + o * L_in, pair_part, pair_inverse + o, i, P_in,
+            in_row, in_cols, PARTS,
+        )  # fmt: skip
         if not HAS_PRE:
-            store_parts(single + o * L_in + 2 * P_in + end, single_part, tl.where(end == 0, b0, 0.0), o < num_out, PARTS)
+            _store_row(
+                -w0 * dx_unit, w0 * x_unit, b0 * x_unit, single + o * L_in, single_part, single_inverse + o, i, P_in,
+                in_row, in_cols, PARTS,
+            )  # fmt: skip
+    else:
+        of, by = ((tl.program_id(0) - programs_out) * BM + tl.arange(0, BM))[:, None], tl.arange(0, BN)[None, :]
+        w = tl.load(weight + by * num_in + of, mask=(by < num_out) & (of < num_in), other=0.0)
+        tl.atomic_max(here + GAIN, tl.max(tl.sum(tl.abs(w), 1), 0), sem="relaxed")
+        scale = scale_for(tl.max(tl.abs(w), 1))[:, None]
+        store_parts(turned + of * P_out + by, turned_part, w * scale, (by < P_out) & (of < num_in), PARTS)
+        tl.store(turned_inverse + of, 1 / scale, mask=of < num_in)
 
 
 def hypernet_drift_fwd(
@@ -204,7 +325,7 @@ def hypernet_drift_fwd(
     value, met, grad_basis_SK = gram_form(y, width, rectangles, rows)
     extra = None
     if rectangles.direct:
-        more, extra = direct_part(trunk.x[-1], y, width, trunk.roots, rectangles, grad_basis_SK)
+        more, extra = direct_part(trunk.x[-1].whole(), y, width, trunk.roots, rectangles, grad_basis_SK)
         value = value + more
     trunk.meet(met, extra)
     grad_e_TE, grads = trunk.backward(embeddings_TE, z_NZ)
@@ -229,13 +350,21 @@ class Trunk:
         self.sizes, self.parts = (len(weight_T), num_chunks), parts
         self.num_rows, self.settings = len(weight_T) * num_chunks, {"ACT": activation, "PARTS": parts}
         self.widths = [len(weight) for weight in self.weights]
-        self.x = [self._factor(self.num_rows, 2 * padded(width) + END) for width in self.widths]
-        dtype = torch.bfloat16 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
-        self.slopes = [torch.empty(self.num_rows, padded(w), dtype=dtype, device=self.roots.device) for w in self.widths]
-        self.turned: list[Tensor] = []  # W' of each layer but the first
+        device = self.roots.device
+        self.numbers = torch.zeros(len(self.widths), NUMBERS, device=device)
+        self.x = [
+            Factor(self._parts(self.num_rows, 2 * padded(width) + END), numbers[SCALE_DX.value :], padded(width))
+            for width, numbers in zip(self.widths, self.numbers, strict=True)
+        ]
+        dtype = torch.float16 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
+        self.slopes = [torch.empty(self.num_rows, padded(w), dtype=dtype, device=device) for w in self.widths]
+        self.turned: list[Right] = []  # W' of each layer but the first
 
-    def _factor(self, rows: int, columns: int) -> Tensor:
-        return torch.empty(self.parts, rows, columns, dtype=torch.bfloat16, device=self.roots.device)
+    def _parts(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(self.parts, rows, columns, dtype=torch.float16, device=self.roots.device)
+
+    def _right(self, rows: int, columns: int) -> Right:
+        return Right(self._parts(rows, columns), self.roots.new_empty(rows))
 
     def _of(self, i: int) -> tuple[object, ...]:
         """What kernels are told of layer i."""
@@ -243,15 +372,18 @@ class Trunk:
 
     def forward(self, e_TE: Tensor, e0_TE: Tensor, z_NZ: Tensor, z0_NZ: Tensor) -> None:
         """Fills ``x``."""
-        last, has_pre = len(self.weights) - 1, bool(self.pre0)
-        (we, wz), (we0, wz0) = (w[0].tensor_split([e_TE.shape[1]], 1) for w in (self.weights, self.weights0))
-        bias, bias0 = self.biases[0], self.biases0[0]
-        of_tasks = F.linear(torch.cat([e_TE - e0_TE, e0_TE], 1), torch.cat([we, we - we0], 1), bias - bias0)
-        of_chunks = F.linear(torch.cat([z_NZ - z0_NZ, z0_NZ], 1), torch.cat([wz, wz - wz0], 1))
-        pre = F.linear(e0_TE, we0, bias0), F.linear(z0_NZ, wz0)
+        last, has_pre, (num_tasks, num_chunks), width = len(self.weights) - 1, bool(self.pre0), self.sizes, self.widths[0]
+        sums = [self.roots.new_empty(rows, width) for rows in (num_tasks, num_chunks) * 2]  # da of both, a0 of both
+        programs, columns = [triton.cdiv(rows, 16) for rows in self.sizes], max(1, triton.cdiv(width, 32))
+        _first_sums[(sum(programs), columns)](
+            *(e_TE.contiguous(), e0_TE.contiguous(), z_NZ, z0_NZ, self.weights[0], self.weights0[0]),
+            *(self.biases[0], self.biases0[0], self.roots, *sums, self.numbers[0], self.numbers[-1]),
+            *(*self.sizes, e_TE.shape[1], z_NZ.shape[1], width, programs[0]),
+            **{"BM": 16, "BN": 32, "BK": 32},
+        )
         grid = (triton.cdiv(self.num_rows, 16), max(1, triton.cdiv(padded(self.widths[0]), 128)))
         _first_layer[grid](
-            *(of_tasks, of_chunks, *pre, self.roots, *factor(self.x[0]), self.slopes[0], *self._of(0)),
+            *(*sums, self.roots, *strides(self.x[0].parts), self.numbers[0], self.slopes[0], *self._of(0)),
             **self.settings,
             **{"LAST": last == 0, "BM": 16, "BN": 128},
         )
@@ -259,49 +391,58 @@ class Trunk:
             pair, single = self._pack(i)
             tile_of = LAYER_TILE if has_pre else TWO_PRODUCTS_TILE
             _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
-                *(*factor(self.x[i - 1]), *factor(pair), *factor(single), self.pre0[i - 1] if has_pre else None, self.roots),
-                *(*factor(self.x[i]), self.slopes[i], *self._of(i)),
+                *(*strides(self.x[i - 1].parts), *strides(pair.parts), pair.inverse_J),
+                *(*strides(single.parts), single.inverse_J, self.pre0[i - 1] if has_pre else None, self.roots),
+                *(*strides(self.x[i].parts), self.numbers[i], self.slopes[i], *self._of(i)),
                 **self.settings,
                 **{"HAS_PRE": has_pre, "LAST": i == last},
                 **tile_of,
             )
 
-    def _pack(self, i: int) -> tuple[Tensor, Tensor]:
+    def _pack(self, i: int) -> tuple[Right, Right]:
         num_out, num_in = self.weights[i].shape
         p_in, p_out, has_pre = padded(num_in), padded(num_out), bool(self.pre0)
-        pair, turned = self._factor(num_out, 2 * p_in + END), self._factor(num_in, p_out)
-        single = pair if has_pre else torch.empty_like(pair)
+        pair, turned = self._right(num_out, 2 * p_in + END), self._right(num_in, p_out)
+        single = pair if has_pre else self._right(num_out, 2 * p_in + END)
         self.turned.append(turned)
-        grid = (max(1, triton.cdiv(p_out, 32)), max(1, triton.cdiv(p_in, 32)))
-        _pack[grid](
-            *(self.weights[i], self.weights0[i], self.biases[i], self.biases0[i]),
-            *(*factor(pair), *factor(single), *factor(turned), num_out, num_in, p_in),
-            **{"HAS_PRE": has_pre, "PARTS": self.parts, "BM": 32, "BN": 32},
+        widest = triton.next_power_of_2(max(p_in, p_out, 16))
+        rows = max(1, min(16, 4096 // widest))
+        programs = triton.cdiv(num_out, rows), triton.cdiv(num_in, rows)
+        _pack[(sum(programs),)](
+            *(self.weights[i], self.weights0[i], self.biases[i], self.biases0[i], self.numbers[i - 1], self.numbers[i]),
+            *(*strides(pair.parts), pair.inverse_J, *strides(single.parts), single.inverse_J),
+            *(*strides(turned.parts), turned.inverse_J, num_out, num_in, p_in, programs[0]),
+            **{"HAS_PRE": has_pre, "PARTS": self.parts, "BM": rows, "BN": widest},
         )
         return pair, single
 
     def meet(self, met: Sequence[tuple[tuple[int, int], Tensor]], extra_TNH: Tensor | None) -> None:
         """The gradient before the last activation, from the columns that meet each range of chunks."""
         last, (num_tasks, num_chunks), at = len(self.x) - 1, self.sizes, 0
+        x, width, (peaks, bound) = self.x[-1], self.widths[-1], (self.numbers[-1], self.numbers[-1, BOUND_GRAD.value :])
+        ranges = [(span, right(cols_LL, x, width, bound=bound, peaks=peaks)) for span, cols_LL in met]
+        if extra_TNH is not None and extra_TNH.numel():
+            self.numbers[-1, BOUND_EXTRA.value] = extra_TNH.abs().amax()
         self.grad = self._grad(last)
-        for (lo, hi), cols_LL in [*met, ((num_chunks, num_chunks), None)]:
+        nothing = Right(x.parts[:, :0], self.roots.new_zeros(width))
+        for (lo, hi), b in [*ranges, ((num_chunks, num_chunks), nothing)]:
             if at < lo:
-                self._back(last, self.x[-1], self.x[-1], 0, extra_TNH, (at * num_tasks, lo * num_tasks))
-            if cols_LL is not None:
-                b = split(2 * cols_LL[: self.widths[-1]], self.parts)
-                self._back(last, self.x[-1], b, b.shape[2], extra_TNH, (lo * num_tasks, hi * num_tasks))
+                self._back(last, x.parts, nothing, 0, extra_TNH, (at * num_tasks, lo * num_tasks))
+            if lo < hi:
+                self._back(last, x.parts, b, b.parts.shape[2], extra_TNH, (lo * num_tasks, hi * num_tasks))
             at = hi
 
     def _grad(self, i: int) -> Tensor:
         """Of the first layer's pre-activations, which no product takes, whole."""
         columns = padded(self.widths[i])
-        return self._factor(self.num_rows, columns) if i else self.roots.new_empty(1, self.num_rows, columns)
+        return self._parts(self.num_rows, columns) if i else self.roots.new_empty(1, self.num_rows, columns)
 
-    def _back(self, i: int, a: Tensor, b: Tensor, depth: int, extra: Tensor | None, rows: tuple[int, int]) -> None:
+    def _back(self, i: int, a: Tensor, b: Right, depth: int, extra: Tensor | None, rows: tuple[int, int]) -> None:
+        is_last = i == len(self.x) - 1
         _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i]), BACK_TILE),)](
-            *(*factor(a), *factor(b), depth, extra, self.roots, self.slopes[i]),
-            *(self.grad, self.grad.stride(0), *rows, *self._of(i)),
-            **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": i == len(self.x) - 1, "FIRST": i == 0},
+            *(*strides(a), *strides(b.parts), b.inverse_J, depth, None if is_last else self.numbers[i + 1]),
+            *(extra, self.roots, self.slopes[i], self.grad, self.grad.stride(0), self.numbers[i], *rows, *self._of(i)),
+            **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": is_last, "FIRST": i == 0},
             **BACK_TILE,
         )
 
@@ -309,12 +450,13 @@ class Trunk:
         """Gradients of the task embeddings; of the chunk embeddings and each layer's weight and bias."""
         grads: list[Tensor] = []
         for i in reversed(range(1, len(self.weights))):
-            num_out, num_in = self.weights[i].shape
-            made = collapse(down(self.grad, self.x[i - 1][..., padded(num_in) :]))
+            (num_out, num_in), x = self.weights[i].shape, self.x[i - 1]
+            after = Factor(self.grad, self.numbers[i, SCALE_GRAD.value :], self.grad.shape[2])
+            made = collapse(down(after, x.columns(x.half, x.parts.shape[2])))
             weight_and_bias = made[:num_out, :num_in], made[:num_out, padded(num_in)]
             grads = [*(grad.clone(memory_format=torch.contiguous_format) for grad in weight_and_bias), *grads]
-            after, self.grad = self.grad, self._grad(i - 1)
-            self._back(i - 1, after, self.turned[i - 1], after.shape[2], None, (0, self.num_rows))
+            self.grad = self._grad(i - 1)
+            self._back(i - 1, after.parts, self.turned[i - 1], after.parts.shape[2], None, (0, self.num_rows))
         num_tasks, num_chunks = self.sizes
         grad_NTh = self.grad.view(num_chunks, num_tasks, -1)[..., : self.widths[0]]
         grad_t, grad_n = grad_NTh.sum(0), grad_NTh.sum(1)
@@ -328,14 +470,14 @@ def without_trunk(
     z0_NZ: Tensor,
     e_TE: Tensor,
     e0_TE: Tensor,
-    y: Tensor,
+    y: Factor,
     weight_T: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A row is the sum of a part of its task's and one of its chunk's, and no row is made; in float64."""
     (num_tasks, e), (num_chunks, z) = e_TE.shape, z_NZ.shape
-    width, p, length, weight = e + z, padded(e + z), y.shape[2], weight_T.double()[:, None]
-    task_TL, chunk_NL = (torch.zeros(n, length, dtype=torch.float64, device=y.device) for n in (num_tasks, num_chunks))
+    width, p, length, weight = e + z, padded(e + z), y.parts.shape[2], weight_T.double()[:, None]
+    task_TL, chunk_NL = (torch.zeros(n, length, dtype=torch.float64, device=e_TE.device) for n in (num_tasks, num_chunks))
     task_TL[:, :e], task_TL[:, p : p + e] = e_TE.double() - e0_TE.double(), e0_TE
     chunk_NL[:, e:width], chunk_NL[:, p + e : p + width] = z_NZ.double() - z0_NZ.double(), z0_NZ
     chunk_NL[:, 2 * p] = 1
@@ -353,7 +495,7 @@ def without_trunk(
         grad_z[lo:hi] = 2 * (all_tasks_L + total * some) @ cols_LL[:, e:width]
     if plan.direct:
         x_RL = (weight.sqrt() * (chunk_NL[:, None] + task_TL)).flatten(0, 1)
-        more, grad_TNH = direct_part(x_RL[None], y, width, weight_T.sqrt(), plan, grad_basis_SK)
+        more, grad_TNH = direct_part(x_RL, y, width, weight_T.sqrt(), plan, grad_basis_SK)
         grad_TNH = weight.sqrt()[:, None] * grad_TNH
         value, grad_e, grad_z = value + more, grad_e + grad_TNH[..., :e].sum(1), grad_z + grad_TNH[..., e:].sum(0)
     dtype = e_TE.dtype

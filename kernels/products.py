@@ -1,14 +1,16 @@
-"""Products of float32 matrices on tensor cores, along rows and down columns, from factors split in bfloat16 parts.
+"""Products of float32 matrices on tensor cores, along rows and down columns, from factors split in float16 parts.
 
-A float32 is the sum of three bfloat16, each the rounded rest of those before. A factor of R rows lies as its parts,
-``[parts, R, C]``, each in float32's range and half its size; of three parts six products reach the last bit of a float32,
-of two, three products 16 bits. Factors are split once, where they are made, and read as tensor cores take them, along
-either dimension. Sums are in float32.
+Two float16, the second the rounded rest of the first, hold 22 bits of a float32, and three of their products reach its last
+bit; one holds the 11 bits of TF32. float16 lacks float32's range: a factor is multiplied by a power of two that brings what
+bounds it just under 2^15. What lies 2^-18 under that keeps all its bits, and nothing is off by more than 2^-39 of it, so
+bounds may be loose. A factor of R rows lies as its parts, ``[parts, R, C]``, split once, where it is made, and read as
+tensor cores take it, along either dimension. Sums are in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,21 +19,59 @@ from torch import Tensor
 
 from fasthyper.kernels.precision import factor_precision
 
-ALONG_TILE = {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
-DOWN_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products do not know bfloat16
-PROGRAMS = 1056  # that a product down columns should have at most: eight for each multiprocessor of an H100
+ALONG_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
+DOWN_TILE = {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products are as rounded as their factors
+PROGRAMS = 528  # that a product down columns should have at most: four for each multiprocessor of an H100
+
+
+class Factor(NamedTuple):
+    """A matrix ``[R, C]`` in parts; columns left of ``half`` are multiplied by the first scale, the others by the second."""
+
+    parts: Tensor  # float16 [parts, R, C]
+    scales: Tensor  # float32 [2], powers of two
+    half: int
+
+    def rows(self, lo: int, hi: int) -> Factor:
+        return self._replace(parts=self.parts[:, lo:hi])
+
+    def columns(self, lo: int, hi: int) -> Factor:
+        return self._replace(parts=self.parts[..., lo:hi], half=max(0, self.half - lo))
+
+    def whole(self) -> Tensor:
+        """The matrix in float32."""
+        total = self.parts.float().sum(0)
+        total[:, : self.half] /= self.scales[0]
+        total[:, self.half :] /= self.scales[1]
+        return total
+
+
+class Right(NamedTuple):
+    """What a factor is multiplied by along rows, ``[J, C]``, each row by a power of two of its own.
+
+    In its columns the scales of the factor that it meets are undone.
+    """
+
+    parts: Tensor  # float16 [parts, J, C]
+    inverse_J: Tensor  # of the scales, float32
 
 
 def num_parts(precision: int) -> int:
-    """The parts of ``precision``, as ops name it, or fewer where torch's own switch allows it."""
-    return min(precision, {"tf32x3": 3, "tf32": 2, "bf16": 1}[factor_precision()])
+    """Two for float32 and for what is asked to keep 16 bits; one where ``precision``, or torch's own switch, allows less."""
+    return min(2 if precision > 1 else 1, {"tf32x3": 2, "tf32": 1, "bf16": 1}[factor_precision()])
+
+
+@triton.jit
+def scale_for(bound):
+    """The power of two that brings ``bound``, 0 or more, to 2^14 or more, and under 2^15."""
+    exponent = 268 - ((bound.to(tl.int32, bitcast=True) >> 23) & 255)
+    return (tl.minimum(tl.maximum(exponent, 27), 227) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def store_parts(at, part, value, mask, PARTS: tl.constexpr):
     for i in tl.static_range(PARTS):
-        rounded = value.to(tl.bfloat16)
+        rounded = value.to(tl.float16)
         tl.store(at + i * part, rounded, mask=mask)
         value -= rounded.to(tl.float32)
 
@@ -45,15 +85,10 @@ def _dot(x, y, acc):
 
 @triton.jit
 def _add_product(acc, a, a_part, a_mask, b, b_part, b_mask, PARTS: tl.constexpr):
-    """acc + a b, of the parts' products those of the first bits last."""
+    """acc + a b, of the parts' products that of the first bits last."""
     x0, y0 = tl.load(a, mask=a_mask, other=0.0), tl.load(b, mask=b_mask, other=0.0)
     if PARTS > 1:
         x1, y1 = tl.load(a + a_part, mask=a_mask, other=0.0), tl.load(b + b_part, mask=b_mask, other=0.0)
-        if PARTS > 2:
-            x2, y2 = tl.load(a + 2 * a_part, mask=a_mask, other=0.0), tl.load(b + 2 * b_part, mask=b_mask, other=0.0)
-            acc = _dot(x2, y0, acc)
-            acc = _dot(x0, y2, acc)
-            acc = _dot(x1, y1, acc)
         acc = _dot(x1, y0, acc)
         acc = _dot(x0, y1, acc)
     return _dot(x0, y0, acc)
@@ -84,7 +119,7 @@ def tile(num_cols, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _along(
-    a, a_part, lda, b, b_part, ldb, out, ldo, num_rows, num_cols, depth,
+    a, a_part, lda, b, b_part, ldb, inverse, out, ldo, num_rows, num_cols, depth,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row0, col0 = tile(num_cols, BM, BN)
@@ -93,12 +128,19 @@ def _along(
     acc = tl.zeros((BM, BN), tl.float32)
     acc = dot_along(acc, a, a_part, lda, num_rows, b, b_part, ldb, num_cols, depth, BM, BN, BK, PARTS)
     row, col = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    acc *= tl.load(inverse + col0 + col, mask=col < num_cols, other=0.0)
     tl.store(out + row0 * ldo + col0 + row * ldo + col, acc, mask=(row < num_rows) & (col < num_cols))
 
 
 @triton.jit
+def _unscale(scales, half, at):
+    """The inverse of the scale of column ``at``."""
+    return 1 / tl.where(at < half, tl.load(scales), tl.load(scales + 1))
+
+
+@triton.jit
 def _down(
-    a, a_part, lda, b, b_part, ldb, out, num_rows, num_a, num_b, per_slab,
+    a, a_part, lda, a_scales, a_half, b, b_part, ldb, b_scales, b_half, out, num_rows, num_a, num_b, per_slab,
     UPPER: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     i0, j0 = tile(num_b, BM, BN)
@@ -116,13 +158,14 @@ def _down(
         acc = _add_product(acc, a + at, a_part, x_mask, b + bt, b_part, y_mask, PARTS)
         a += BK * lda
         b += BK * ldb
+    acc *= _unscale(a_scales, a_half, i) * _unscale(b_scales, b_half, j)
     at = out + tl.program_id(1).to(tl.int64) * num_a * num_b + i * num_b + j
     tl.store(at, acc, mask=(i < num_a) & (j < num_b))
 
 
-def factor(t: Tensor) -> tuple[Tensor, int, int]:
-    """What kernels are told of a factor ``[parts, R, C]``."""
-    return t, t.stride(0), t.stride(1)
+def strides(parts: Tensor) -> tuple[Tensor, int, int]:
+    """What kernels are told of parts ``[parts, R, C]``."""
+    return parts, parts.stride(0), parts.stride(1)
 
 
 def num_tiles(rows: int, cols: int, tile: Mapping[str, int]) -> int:
@@ -130,45 +173,48 @@ def num_tiles(rows: int, cols: int, tile: Mapping[str, int]) -> int:
     return triton.cdiv(rows, tile["BM"]) * max(1, triton.cdiv(cols, tile["BN"]))
 
 
-def along(a: Tensor, b: Tensor, out: Tensor) -> None:
+def along(a: Factor, b: Right, out: Tensor) -> None:
     """out = a b' for factors of ``[R, D]`` and ``[C, D]``."""
-    (parts, rows, depth), cols = a.shape, b.shape[1]
+    (parts, rows, depth), cols = a.parts.shape, b.parts.shape[1]
     if rows and cols:
-        sizes = out, out.stride(0), rows, cols, depth
-        _along[(num_tiles(rows, cols, ALONG_TILE),)](*factor(a), *factor(b), *sizes, PARTS=parts, **ALONG_TILE)
+        sizes = b.inverse_J, out, out.stride(0), rows, cols, depth
+        grid = (num_tiles(rows, cols, ALONG_TILE),)
+        _along[grid](*strides(a.parts), *strides(b.parts), *sizes, PARTS=parts, **ALONG_TILE)
 
 
-def down(a: Tensor, b: Tensor, *, upper: bool = False) -> Tensor:
+def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
     """a' b of slabs of rows, float32 ``[slabs, I, J]``, to be summed, for factors of ``[R, I]`` and ``[R, J]``.
 
     ``upper``: what lies below the diagonal need not be made.
     """
-    (parts, rows, num_a), num_b, (bm, bn, bk, *_) = a.shape, b.shape[2], DOWN_TILE.values()
+    (parts, rows, num_a), num_b, (bm, bn, bk, *_) = a.parts.shape, b.parts.shape[2], DOWN_TILE.values()
     tiles = triton.cdiv(num_a, bm) * triton.cdiv(num_b, bn)
     slabs = max(1, min(triton.cdiv(rows, 8 * bk), PROGRAMS // max(1, tiles)))
     per_slab = max(bk, triton.cdiv(triton.cdiv(rows, slabs), bk) * bk)
     slabs = max(1, triton.cdiv(rows, per_slab))
-    out = torch.empty(slabs, num_a, num_b, device=a.device)
+    out = torch.empty(slabs, num_a, num_b, device=a.parts.device)
     if tiles:
-        sizes = out, rows, num_a, num_b, per_slab
-        _down[(tiles, slabs)](*factor(a), *factor(b), *sizes, UPPER=upper, PARTS=parts, **DOWN_TILE)
+        _down[(tiles, slabs)](
+            *(*strides(a.parts), *a[1:], *strides(b.parts), *b[1:], out, rows, num_a, num_b, per_slab),
+            **{"UPPER": upper, "PARTS": parts},
+            **DOWN_TILE,
+        )
     return out
 
 
 @triton.jit
-def _split(source, out, part, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(source + at, mask=at < size, other=0.0).to(tl.float32)
-    store_parts(out + at, part, value, at < size, PARTS)
+def _peaks(source, other, out, size, DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first, second = tl.load(source + at, mask=at < size, other=0.0), tl.load(other + at, mask=at < size, other=0.0)
+    if DIFFERENCE:
+        second = first - second
+    tl.atomic_max(out, tl.max(tl.abs(first), 0), sem="relaxed")
+    tl.atomic_max(out + 1, tl.max(tl.abs(second), 0), sem="relaxed")
 
 
-def split(matrix: Tensor, parts: int) -> Tensor:
-    """A factor of a small matrix."""
-    matrix = matrix.contiguous()
-    out = torch.empty(parts, *matrix.shape, dtype=torch.bfloat16, device=matrix.device)
-    if matrix.numel():
-        _split[(triton.cdiv(matrix.numel(), 1024),)](matrix, out, matrix.numel(), matrix.numel(), PARTS=parts, BLOCK=1024)
-    return out
+def raise_peaks(source: Tensor, other: Tensor, out: Tensor, *, difference: bool = False) -> None:
+    """Raises two numbers to the largest absolute ones of ``source`` and of ``other``, or of ``source - other``."""
+    _peaks[(triton.cdiv(source.numel(), 8192),)](source, other, out, source.numel(), DIFFERENCE=difference, BLOCK=8192)
 
 
 @triton.jit

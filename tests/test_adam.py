@@ -58,7 +58,7 @@ def test_looks_ahead_and_steps_as_torch_does(name, device):
     for step in range(25):
         grads, more = (tensors(seed=2 * step + i, device=device) for i in (1, 2))
         for p, q, grad in zip(params, wanted, strided(grads), strict=True):
-            p.grad, q.grad = grad, grad.clone()
+            p.grad, q.grad = grad, grad.clone(memory_format=torch.contiguous_format)  # torch's own fused steps want it so
         rehearsal = copy.deepcopy(theirs)
         for group, copied in zip(theirs.param_groups, rehearsal.param_groups, strict=True):
             for q, c in zip(group["params"], copied["params"], strict=True):
