@@ -108,6 +108,8 @@ def _bind_triton(key: str) -> None:
         if not _has_kernel(op, key):
             if op in kernels.FLOAT32_ONLY:
                 run = _in_float32(run, getattr(reference, op))
+            if op.startswith("generate"):
+                run = _where_wide(run, getattr(reference, op))
             if op == "hypernet_drift_fwd" and _has_kernel(f"small_{op}", key):
                 run = _where_it_fits(torch.ops.fasthyper._small_hypernet_drift_fwd, run)
             ops.LIBRARY.impl(f"_{op}", _plain(run), key)
@@ -120,6 +122,17 @@ def _in_float32(run: Callable[..., Any], otherwise: Callable[..., Any]) -> Calla
         flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
         first = next(t for t in flat if isinstance(t, torch.Tensor))
         return (otherwise if first.dtype == torch.float64 else run)(*args)
+
+    return pick
+
+
+def _where_wide(run: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Generation from wide features, in float32; else ``otherwise``."""
+    is_wide = importlib.import_module("fasthyper.kernels.generate").is_wide
+
+    def pick(*args: Any) -> Any:
+        matrices = [a for a in args if isinstance(a, torch.Tensor)]  # features and basis
+        return (run if is_wide(*matrices) else otherwise)(*args)
 
     return pick
 

@@ -97,7 +97,7 @@ class OutputRegularizer:
         """
         z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
         stores = snapshot_bytes(num_past, len(z), widths, z.element_size()) <= self.memory_budget
-        stored = [z.new_empty(num_past, len(z), width) for width in widths[1:] if stores]
+        stored = [_pre_activations(z, num_past, width) for width in widths[1:] if stores]
         tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * sum(widths) * z.element_size()))
         grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
         with full_precision():  # a task's steps differ from what is made here by little
@@ -264,6 +264,13 @@ class OutputRegularizer:
     def _plan(self, tasks: Sequence[int]) -> Tensor:
         tasks = [self._tasks[task] for task in tasks] if self.hnet.layout.heads else tasks  # else only their number counts
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
+
+
+def _pre_activations(z_NZ: Tensor, num_tasks: int, width: int) -> Tensor:
+    """Room for ``[T, N, width]``: of a wide layer on a GPU as kernels read it, chunk by chunk, in rows of whole 64 bytes."""
+    if not z_NZ.is_cuda or width <= 128:
+        return z_NZ.new_empty(num_tasks, len(z_NZ), width)
+    return z_NZ.new_empty(len(z_NZ), num_tasks, -(-width // 16) * 16).transpose(0, 1)[..., :width]
 
 
 def _some_tasks(plan: Tensor, lo: int, hi: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fasthyper.kernels.adam import adam_ahead, adam_delta_fwd, adam_step_
 from fasthyper.kernels.direct import target_drift_fwd
+from fasthyper.kernels.generate import generate_bwd, generate_fwd
 from fasthyper.kernels.hyper_linear import hyper_linear_bwd, hyper_linear_fwd
 from fasthyper.kernels.hypernet_drift import hypernet_drift_fwd
 from fasthyper.kernels.output_drift import output_drift_fwd
@@ -19,6 +20,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "adam_ahead": adam_ahead,
     "adam_delta_fwd": adam_delta_fwd,
     "adam_step_": adam_step_,
+    "generate_bwd": generate_bwd,
+    "generate_fwd": generate_fwd,
     "hyper_linear_bwd": hyper_linear_bwd,
     "hyper_linear_fwd": hyper_linear_fwd,
     "hypernet_drift_fwd": hypernet_drift_fwd,

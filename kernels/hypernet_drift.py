@@ -29,7 +29,7 @@ from fasthyper.kernels.products import (
     tile,
 )
 
-LAYER_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+LAYER_TILE = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
 TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
 BACK_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
 SIZES = "num_tasks", "num_chunks"  # a size of 1 would be a constant, which has no type to cast
@@ -83,22 +83,30 @@ def _store_features(
 
 
 @triton.jit
+def _task_and_chunk(row0, num_tasks, BM: tl.constexpr):
+    """Of rows from ``row0`` on; divided in 32 bits, but for the first."""
+    row = (row0 % num_tasks).to(tl.int32) + tl.arange(0, BM)
+    return row % num_tasks, row0 // num_tasks + row // num_tasks
+
+
+@triton.jit
 def _roots(roots, row0, num_rows, num_tasks, LAST: tl.constexpr, BM: tl.constexpr):
     """The factor of each row: 1 but in the last layer."""
-    row = tl.arange(0, BM)
     if LAST:
-        root = tl.load(roots + (row0 + row) % num_tasks, mask=row < num_rows, other=0.0)
+        task, _ = _task_and_chunk(row0, num_tasks, BM)
+        root = tl.load(roots + task, mask=tl.arange(0, BM) < num_rows, other=0.0)
     else:
         root = tl.full((BM,), 1.0, tl.float32)
     return root
 
 
 @triton.jit
-def _load_pre(pre, row0, num_rows, col0, num_tasks, num_chunks, width, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of ``pre`` [T, N, width], whose rows are of x."""
+def _load_pre(pre, of_task, of_chunk, columns, row0, num_rows, col0, num_tasks, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of ``pre`` [T, N, columns], of these strides, whose rows are of x."""
     row, col = tl.arange(0, BM), col0 + tl.arange(0, BN)[None, :]
-    at = ((row0 + row) % num_tasks) * num_chunks + (row0 + row) // num_tasks
-    return tl.load(pre + at.to(tl.int64)[:, None] * width + col, mask=(row[:, None] < num_rows) & (col < width), other=0.0)
+    task, chunk = _task_and_chunk(row0, num_tasks, BM)
+    at = task.to(tl.int64) * of_task + chunk * of_chunk
+    return tl.load(pre + at[:, None] + col, mask=(row[:, None] < num_rows) & (col < columns), other=0.0)
 
 
 @triton.jit
@@ -130,9 +138,9 @@ def _first_sums(
         before, w0 = tl.load(x0 + at_x, mask=in_x, other=0.0), tl.load(weight0 + at_w, mask=in_w, other=0.0)
         dx = tl.load(x + at_x, mask=in_x, other=0.0) - before
         w = tl.load(weight + at_w, mask=in_w, other=0.0)
-        da = tl.dot(dx, w, da, input_precision="ieee")
-        da = tl.dot(before, w - w0, da, input_precision="ieee")
-        a0 = tl.dot(before, w0, a0, input_precision="ieee")
+        da = tl.dot(dx, w, da, input_precision="tf32x3")
+        da = tl.dot(before, w - w0, da, input_precision="tf32x3")
+        a0 = tl.dot(before, w0, a0, input_precision="tf32x3")
     if is_task:
         b0 = tl.load(bias0 + cols, mask=cols < width, other=0.0)
         da += tl.load(bias + cols, mask=cols < width, other=0.0) - b0
@@ -156,10 +164,11 @@ def _first_layer(
 ):  # fmt: skip
     """da = da_t + da_n; the snapshot's pre-activations likewise."""
     row0, col0 = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1) * BN
-    rows, col = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)[None, :]
+    task, chunk = _task_and_chunk(row0, num_tasks, BM)
+    col = col0 + tl.arange(0, BN)[None, :]
     left = (num_tasks.to(tl.int64) * num_chunks - row0).to(tl.int32)
     mask = (tl.arange(0, BM)[:, None] < left) & (col < width)
-    at_task, at_chunk = (rows % num_tasks)[:, None] * width + col, (rows // num_tasks)[:, None] * width + col
+    at_task, at_chunk = task[:, None] * width + col, chunk[:, None] * width + col
     da = tl.load(of_tasks + at_task, mask=mask, other=0.0) + tl.load(of_chunks + at_chunk, mask=mask, other=0.0)
     a0 = tl.load(pre_tasks + at_task, mask=mask, other=0.0) + tl.load(pre_chunks + at_chunk, mask=mask, other=0.0)
     dx, x0, slope = drift(a0, da, ACT)
@@ -175,9 +184,9 @@ def _first_layer(
 @triton.jit(do_not_specialize=SIZES)
 def _layer(
     x_in, part_in, L_in, weights, weights_part, weights_L, inverse, weights0, weights0_part, weights0_L, inverse0,
-    pre, roots, x, part, L, here, slopes, num_tasks, num_chunks, width, P,
+    pre, of_task, of_chunk, pre_columns, roots, x, part, L, here, slopes, num_tasks, num_chunks, width, P,
     HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
     row0, col0 = tile(P, BM, BN)
@@ -185,11 +194,14 @@ def _layer(
     x_in += row0 * L_in
     weights += col0 * weights_L
     col = col0 + tl.arange(0, BN)[None, :]
+    if HAS_PRE and EARLY:  # on its way while the product is made
+        a0 = _load_pre(pre, of_task, of_chunk, pre_columns, row0, left, col0, num_tasks, BM, BN)
     da = tl.zeros((BM, BN), tl.float32)
     da = dot_along(da, x_in, part_in, L_in, left, weights, weights_part, weights_L, width - col0, L_in, BM, BN, BK, PARTS)
     da *= tl.load(inverse + col, mask=col < width, other=0.0)
     if HAS_PRE:
-        a0 = _load_pre(pre, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
+        if not EARLY:
+            a0 = _load_pre(pre, of_task, of_chunk, pre_columns, row0, left, col0, num_tasks, BM, BN)
     else:
         weights0 += col0 * weights0_L
         a0 = tl.zeros((BM, BN), tl.float32)
@@ -209,8 +221,8 @@ def _layer(
 
 @triton.jit(do_not_specialize=SIZES)
 def _back(
-    a, a_part, lda, b, b_part, ldb, inverse, depth, above, extra, roots, slopes, out, out_part, here, row_lo, row_hi,
-    num_tasks, num_chunks, width, P,
+    a, a_part, lda, b, b_part, ldb, inverse, depth, above, extra, of_task, of_chunk, extra_columns, roots, slopes,
+    out, out_part, here, row_lo, row_hi, num_tasks, num_chunks, width, P,
     HAS_EXTRA: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +244,7 @@ def _back(
         bound = STEEPEST * tl.load(above + PEAK_GRAD) * tl.load(above + GAIN)
     root = _roots(roots, row0, left, num_tasks, LAST, BM)[:, None]
     if HAS_EXTRA:
-        grad += _load_pre(extra, row0, left, col0, num_tasks, num_chunks, width, BM, BN)
+        grad += _load_pre(extra, of_task, of_chunk, extra_columns, row0, left, col0, num_tasks, BM, BN)
     grad *= tl.load(slopes + row0 * P + row * P + col, mask=mask, other=0.0).to(tl.float32) * root
     grad = tl.where(col < width, grad, 0.0)
     if FIRST:
@@ -332,6 +344,15 @@ def hypernet_drift_fwd(
     return value.clamp(min=0).to(basis_SK.dtype), grad_e_TE, [*grads, grad_basis_SK]
 
 
+def _rows_of(pre: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    """What kernels are told of ``[T, N, H]``, whose last stride is 1: strides, and columns, where there are more up to P."""
+    if pre is None:
+        return None, 0, 0, 0
+    of_task, of_chunk, _ = pre.stride()
+    is_padded = of_task % 16 == of_chunk % 16 == 0 and min(of_task, of_chunk) >= padded(pre.shape[2])
+    return pre, of_task, of_chunk, padded(pre.shape[2]) if is_padded else pre.shape[2]
+
+
 class Trunk:
     """Rows on their way through the trunk: ``x`` holds each layer's features, as ``drift.py`` lays them."""
 
@@ -346,7 +367,7 @@ class Trunk:
         parts: int,
     ):
         self.weights, self.biases, self.weights0, self.biases0 = layers[::2], layers[1::2], layers0[::2], layers0[1::2]
-        self.pre0, self.roots = [a.contiguous() for a in pre0], weight_T.sqrt()
+        self.pre0, self.roots = [a if a.stride(2) == 1 else a.contiguous() for a in pre0], weight_T.sqrt()
         self.sizes, self.parts = (len(weight_T), num_chunks), parts
         self.num_rows, self.settings = len(weight_T) * num_chunks, {"ACT": activation, "PARTS": parts}
         self.widths = [len(weight) for weight in self.weights]
@@ -392,7 +413,7 @@ class Trunk:
             tile_of = LAYER_TILE if has_pre else TWO_PRODUCTS_TILE
             _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
                 *(*strides(self.x[i - 1].parts), *strides(pair.parts), pair.inverse_J),
-                *(*strides(single.parts), single.inverse_J, self.pre0[i - 1] if has_pre else None, self.roots),
+                *(*strides(single.parts), single.inverse_J, *_rows_of(self.pre0[i - 1] if has_pre else None), self.roots),
                 *(*strides(self.x[i].parts), self.numbers[i], self.slopes[i], *self._of(i)),
                 **self.settings,
                 **{"HAS_PRE": has_pre, "LAST": i == last},
@@ -441,7 +462,16 @@ class Trunk:
         is_last = i == len(self.x) - 1
         _back[(num_tiles(rows[1] - rows[0], padded(self.widths[i]), BACK_TILE),)](
             *(*strides(a), *strides(b.parts), b.inverse_J, depth, None if is_last else self.numbers[i + 1]),
-            *(extra, self.roots, self.slopes[i], self.grad, self.grad.stride(0), self.numbers[i], *rows, *self._of(i)),
+            *(
+                *_rows_of(extra),
+                self.roots,
+                self.slopes[i],
+                self.grad,
+                self.grad.stride(0),
+                self.numbers[i],
+                *rows,
+                *self._of(i),
+            ),
             **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": is_last, "FIRST": i == 0},
             **BACK_TILE,
         )
@@ -452,9 +482,7 @@ class Trunk:
         for i in reversed(range(1, len(self.weights))):
             (num_out, num_in), x = self.weights[i].shape, self.x[i - 1]
             after = Factor(self.grad, self.numbers[i, SCALE_GRAD.value :], self.grad.shape[2])
-            made = collapse(down(after, x.columns(x.half, x.parts.shape[2])))
-            weight_and_bias = made[:num_out, :num_in], made[:num_out, padded(num_in)]
-            grads = [*(grad.clone(memory_format=torch.contiguous_format) for grad in weight_and_bias), *grads]
+            grads = [*collapse(down(after, x.columns(x.half, x.parts.shape[2])), num_out, num_in), *grads]
             self.grad = self._grad(i - 1)
             self._back(i - 1, after.parts, self.turned[i - 1], after.parts.shape[2], None, (0, self.num_rows))
         num_tasks, num_chunks = self.sizes

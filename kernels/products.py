@@ -22,7 +22,7 @@ from fasthyper.kernels.precision import factor_precision
 ALONG_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
 DOWN_TILE = {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products are as rounded as their factors
-PROGRAMS = 528  # that a product down columns should have at most: four for each multiprocessor of an H100
+PROGRAMS = 264  # that a product down columns should have at most: two for each multiprocessor of an H100
 
 
 class Factor(NamedTuple):
@@ -185,11 +185,13 @@ def along(a: Factor, b: Right, out: Tensor) -> None:
 def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
     """a' b of slabs of rows, float32 ``[slabs, I, J]``, to be summed, for factors of ``[R, I]`` and ``[R, J]``.
 
+    Tensor cores cut off what they add, by some 2e-8 each time: few rows are several slabs, too.
+
     ``upper``: what lies below the diagonal need not be made.
     """
     (parts, rows, num_a), num_b, (bm, bn, bk, *_) = a.parts.shape, b.parts.shape[2], DOWN_TILE.values()
     tiles = triton.cdiv(num_a, bm) * triton.cdiv(num_b, bn)
-    slabs = max(1, min(triton.cdiv(rows, 8 * bk), PROGRAMS // max(1, tiles)))
+    slabs = max(1, min(triton.cdiv(rows, 4 * bk), PROGRAMS // max(1, tiles)))
     per_slab = max(bk, triton.cdiv(triton.cdiv(rows, slabs), bk) * bk)
     slabs = max(1, triton.cdiv(rows, per_slab))
     out = torch.empty(slabs, num_a, num_b, device=a.parts.device)
@@ -203,9 +205,9 @@ def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
 
 
 @triton.jit
-def _peaks(source, other, out, size, DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr):
+def _peaks(source, other, out, size, other_size, DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first, second = tl.load(source + at, mask=at < size, other=0.0), tl.load(other + at, mask=at < size, other=0.0)
+    first, second = tl.load(source + at, mask=at < size, other=0.0), tl.load(other + at, mask=at < other_size, other=0.0)
     if DIFFERENCE:
         second = first - second
     tl.atomic_max(out, tl.max(tl.abs(first), 0), sem="relaxed")
@@ -214,26 +216,29 @@ def _peaks(source, other, out, size, DIFFERENCE: tl.constexpr, BLOCK: tl.constex
 
 def raise_peaks(source: Tensor, other: Tensor, out: Tensor, *, difference: bool = False) -> None:
     """Raises two numbers to the largest absolute ones of ``source`` and of ``other``, or of ``source - other``."""
-    _peaks[(triton.cdiv(source.numel(), 8192),)](source, other, out, source.numel(), DIFFERENCE=difference, BLOCK=8192)
+    sizes = source.numel(), other.numel()
+    _peaks[(triton.cdiv(max(sizes), 4096),)](source, other, out, *sizes, DIFFERENCE=difference, BLOCK=4096)
 
 
 @triton.jit
-def _collapse(slabs, num_slabs, out, size, BS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+def _collapse(slabs, num_slabs, weight, bias, rows, columns, num_out, num_in, BS: tl.constexpr, BLOCK: tl.constexpr):
+    at, size = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], rows * columns
     slab = tl.arange(0, BS)[:, None]
     total = tl.zeros((BLOCK,), tl.float64)
     for lo in range(0, num_slabs, BS):
         some = tl.load(slabs + (lo + slab).to(tl.int64) * size + at, mask=(lo + slab < num_slabs) & (at < size), other=0.0)
         total += tl.sum(some.to(tl.float64), 0)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, total.to(tl.float32), mask=at < size)
+    row, column = at // columns, at % columns
+    tl.store(weight + row * num_in + column, total.to(tl.float32), mask=(at < num_out * columns) & (column < num_in))
+    tl.store(bias + row, total.to(tl.float32), mask=(at < num_out * columns) & (column == columns - 16))
 
 
-def collapse(slabs: Tensor) -> Tensor:
-    """The sum of ``[slabs, I, J]``."""
-    if len(slabs) == 1:
-        return slabs[0]
-    out = torch.empty_like(slabs[0])
-    if out.numel():
-        _collapse[(triton.cdiv(out.numel(), 128),)](slabs, len(slabs), out, out.numel(), BS=16, BLOCK=128)
-    return out
+def collapse(slabs: Tensor, num_out: int, num_in: int) -> tuple[Tensor, Tensor]:
+    """The sum of ``[slabs, >= O, P + 16]``: the columns of a weight ``[O, I]``, and column P, a bias ``[O]``."""
+    weight, bias = slabs.new_empty(num_out, num_in), slabs.new_empty(num_out)
+    num_slabs, _, columns = slabs.shape
+    if num_out:
+        sizes = slabs.shape[1], columns, num_out, num_in
+        _collapse[(triton.cdiv(num_out * columns, 128),)](slabs, num_slabs, weight, bias, *sizes, BS=16, BLOCK=128)
+    return weight, bias

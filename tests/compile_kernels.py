@@ -44,12 +44,21 @@ def hypernet_drift(tasks, chunks, chunk_size, task_dim, chunk_dim, hidden, activ
     kernels.IMPLEMENTATIONS["output_drift_fwd"](h, theta[-1], h, theta[-1], torch.empty(tasks), plan)
 
 
+def generate(chunks, chunk_size, width, num_weights):
+    if torch.get_default_dtype() == torch.float32:
+        h, basis = torch.empty(chunks, width), torch.empty(chunk_size, width + 1)
+        kernels.IMPLEMENTATIONS["generate_fwd"](h, basis, num_weights)
+        kernels.IMPLEMENTATIONS["generate_bwd"]([torch.empty(num_weights)], h, basis)
+
+
 CALLS = {  # name: calls of ops in the default dtype
     "hyper_linear p10": lambda: hyper_linear(128, 1024, 76, 25, 1000, False),
     "hyper_linear p100": lambda: hyper_linear(128, 1000, 7, 350, 1000, True),
     "hyper_linear small": lambda: hyper_linear(128, 100, 20, 50, 100, False),
     "hyper_linear large": lambda: hyper_linear(128, 4096, 16, 350, 4096, False),
     "hyper_linear one, generated": lambda: hyper_linear(1, 1, 1, 1, 1, False),
+    "generate p100": lambda: generate(272, 7500, 350, 2_036_010),
+    "generate one": lambda: generate(1, 1, 1, 1),
     "hypernet_drift p100": lambda: hypernet_drift(99, 272, 7500, 128, 12, (200, 250, 350), 0, True, 0),
     "hypernet_drift p10, streamed": lambda: hypernet_drift(9, 27, 78000, 24, 8, (25, 25), 1, False, 0),
     "hypernet_drift, one of everything": lambda: hypernet_drift(1, 1, 1, 1, 1, (1, 1), 0, True, 0),
