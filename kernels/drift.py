@@ -197,7 +197,7 @@ def gram_form(
     The matrices of the columns, float64 ``[L, L]``, are those that meet each range of chunks.
     """
     num_cols, device, cols = y.parts.shape[1], y.parts.device, plan.cuts(2)
-    value = torch.zeros((), dtype=torch.float64, device=device)
+    values = []
     covered = sum(hi - lo for (lo, hi), _ in cols)
     grad_basis_SK = (torch.empty if covered == num_cols else torch.zeros)(num_cols, width + 1, device=device)
     of_columns: list[list[Tensor]] = [[] for _ in plan.gram]
@@ -205,12 +205,12 @@ def gram_form(
         some = y.rows(lo, hi)
         cols_LL = symmetric(down(some, some, upper=True), width)
         rows_LL = _sum([rows[k] for k in over])
-        value = value + torch.dot(rows_LL.view(-1), cols_LL.view(-1))
+        values.append(torch.dot(rows_LL.view(-1), cols_LL.view(-1)))
         along(some, right(rows_LL, y, width, sums=True), grad_basis_SK[lo:hi])  # X'X Ha = X'X [H* | 1] + X'X [dH | 0]
         for k in over:
             of_columns[k].append(cols_LL)
     met = [(chunks, _sum([c for k in over for c in of_columns[k]])) for chunks, over in plan.cuts(1)]
-    return value, met, grad_basis_SK
+    return _sum(values) if values else torch.zeros((), dtype=torch.float64, device=device), met, grad_basis_SK
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from fasthyper.kernels.products import (
     tile,
 )
 
-TILE = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 NARROWEST, FEWEST = 64, 1 << 18  # features, weights: fewer are left to cuBLAS
 
 
@@ -54,6 +54,7 @@ def _rows(
         scale = scale_for(bound)
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(scales, scale)
+            tl.store(scales + 1, scale)
     store_parts(out + row.to(tl.int64) * ldo + col, part, value * scale, (row < num_rows) & (col < columns), PARTS)
 
 
@@ -80,7 +81,7 @@ def _all_rows(flat: Tensor, rows: int, width: int, parts: int, peak: Tensor, *, 
     """Rows ``[R, C]`` that may end early, or with a one behind; none of their numbers is above ``peak``."""
     columns = _columns(width + ones)
     out = torch.empty(parts, rows, columns, dtype=torch.float16, device=flat.device)
-    scales = flat.new_ones(2)
+    scales = flat.new_empty(2)
     grid = (triton.cdiv(rows, 8), triton.cdiv(columns, 256))
     _rows[grid](
         *(flat, flat.numel(), width, peak, scales, *strides(out), None, rows, width, columns),

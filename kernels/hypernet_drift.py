@@ -19,6 +19,7 @@ from fasthyper.kernels.products import (
     Factor,
     Right,
     collapse,
+    deep,
     dot_along,
     down,
     num_parts,
@@ -31,7 +32,7 @@ from fasthyper.kernels.products import (
 
 LAYER_TILE = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
 TWO_PRODUCTS_TILE = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}  # whose sums take registers
-BACK_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
+BACK_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
 SIZES = "num_tasks", "num_chunks"  # a size of 1 would be a constant, which has no type to cast
 
 # Numbers of a layer. Peaks are the largest absolute values that there are, bounds what they cannot exceed.
@@ -186,7 +187,7 @@ def _layer(
     x_in, part_in, L_in, weights, weights_part, weights_L, inverse, weights0, weights0_part, weights0_L, inverse0,
     pre, of_task, of_chunk, pre_columns, roots, x, part, L, here, slopes, num_tasks, num_chunks, width, P,
     HAS_PRE: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """da = W0 dx + dW x + db, one product with x_in; then the activation's drift."""
     row0, col0 = tile(P, BM, BN)
@@ -194,15 +195,12 @@ def _layer(
     x_in += row0 * L_in
     weights += col0 * weights_L
     col = col0 + tl.arange(0, BN)[None, :]
-    if HAS_PRE and EARLY:  # on its way while the product is made
+    if HAS_PRE:  # on its way while the product is made
         a0 = _load_pre(pre, of_task, of_chunk, pre_columns, row0, left, col0, num_tasks, BM, BN)
     da = tl.zeros((BM, BN), tl.float32)
     da = dot_along(da, x_in, part_in, L_in, left, weights, weights_part, weights_L, width - col0, L_in, BM, BN, BK, PARTS)
     da *= tl.load(inverse + col, mask=col < width, other=0.0)
-    if HAS_PRE:
-        if not EARLY:
-            a0 = _load_pre(pre, of_task, of_chunk, pre_columns, row0, left, col0, num_tasks, BM, BN)
-    else:
+    if not HAS_PRE:
         weights0 += col0 * weights0_L
         a0 = tl.zeros((BM, BN), tl.float32)
         a0 = dot_along(
@@ -377,7 +375,7 @@ class Trunk:
             Factor(self._parts(self.num_rows, 2 * padded(width) + END), numbers[SCALE_DX.value :], padded(width))
             for width, numbers in zip(self.widths, self.numbers, strict=True)
         ]
-        dtype = torch.float16 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
+        dtype = torch.int8 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
         self.slopes = [torch.empty(self.num_rows, padded(w), dtype=dtype, device=device) for w in self.widths]
         self.turned: list[Right] = []  # W' of each layer but the first
 
@@ -473,7 +471,7 @@ class Trunk:
                 *self._of(i),
             ),
             **{"PARTS": self.parts, "HAS_EXTRA": extra is not None, "LAST": is_last, "FIRST": i == 0},
-            **BACK_TILE,
+            **deep(BACK_TILE, self.parts),
         )
 
     def backward(self, e_TE: Tensor, z_NZ: Tensor) -> tuple[Tensor, list[Tensor]]:

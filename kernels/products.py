@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fasthyper.kernels.precision import factor_precision
 
-ALONG_TILE = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 3}
-DOWN_TILE = {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+ALONG_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
+DOWN_TILE = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its products are as rounded as their factors
 PROGRAMS = 264  # that a product down columns should have at most: two for each multiprocessor of an H100
 
@@ -59,6 +59,11 @@ class Right(NamedTuple):
 def num_parts(precision: int) -> int:
     """Two for float32 and for what is asked to keep 16 bits; one where ``precision``, or torch's own switch, allows less."""
     return min(2 if precision > 1 else 1, {"tf32x3": 2, "tf32": 1, "bf16": 1}[factor_precision()])
+
+
+def deep(tile: Mapping[str, int], parts: int) -> dict[str, int]:
+    """A tile whose factors take the same memory in one part as in two: twice the depth at a time."""
+    return {**tile, "BK": 64 // parts}
 
 
 @triton.jit
@@ -179,7 +184,7 @@ def along(a: Factor, b: Right, out: Tensor) -> None:
     if rows and cols:
         sizes = b.inverse_J, out, out.stride(0), rows, cols, depth
         grid = (num_tiles(rows, cols, ALONG_TILE),)
-        _along[grid](*strides(a.parts), *strides(b.parts), *sizes, PARTS=parts, **ALONG_TILE)
+        _along[grid](*strides(a.parts), *strides(b.parts), *sizes, PARTS=parts, **deep(ALONG_TILE, parts))
 
 
 def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
@@ -189,17 +194,17 @@ def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
 
     ``upper``: what lies below the diagonal need not be made.
     """
-    (parts, rows, num_a), num_b, (bm, bn, bk, *_) = a.parts.shape, b.parts.shape[2], DOWN_TILE.values()
-    tiles = triton.cdiv(num_a, bm) * triton.cdiv(num_b, bn)
-    slabs = max(1, min(triton.cdiv(rows, 4 * bk), PROGRAMS // max(1, tiles)))
-    per_slab = max(bk, triton.cdiv(triton.cdiv(rows, slabs), bk) * bk)
+    (parts, rows, num_a), num_b = a.parts.shape, b.parts.shape[2]
+    tiles = triton.cdiv(num_a, DOWN_TILE["BM"]) * triton.cdiv(num_b, DOWN_TILE["BN"])
+    slabs = max(1, min(triton.cdiv(rows, 128), PROGRAMS // max(1, tiles)))
+    per_slab = max(64, triton.cdiv(triton.cdiv(rows, slabs), 64) * 64)
     slabs = max(1, triton.cdiv(rows, per_slab))
     out = torch.empty(slabs, num_a, num_b, device=a.parts.device)
     if tiles:
         _down[(tiles, slabs)](
             *(*strides(a.parts), *a[1:], *strides(b.parts), *b[1:], out, rows, num_a, num_b, per_slab),
             **{"UPPER": upper, "PARTS": parts},
-            **DOWN_TILE,
+            **deep(DOWN_TILE, parts),
         )
     return out
 
