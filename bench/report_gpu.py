@@ -144,6 +144,8 @@ def longseq_lines(longseq: Record) -> list[str]:
 
 def fastest_lines(gpu: Record) -> list[str]:
     """Of each op that a step calls, what takes how long."""
+    if not gpu["alternatives"]:
+        return []
     lines = ["", "| op, workload | by each implementation, us |", "|---|---|"]
     for entry in gpu["alternatives"]:
         times = {name: found["median"] for name, found in entry["seconds"].items() if "median" in found}

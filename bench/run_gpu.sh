@@ -62,7 +62,7 @@ graph() {
 sanitize() {
   local name tool failed=0 status jobs=() seconds=$(($1 - 15))
   for tool in "memcheck --report-api-errors no" racecheck; do
-    for name in output_drift hypernet_drift target_drift pair_drift generate hyper_linear adam candidate_step; do
+    for name in output_drift hypernet_drift target_drift pair_drift generate wide_generate hyper_linear adam candidate_step; do
       jobs+=("${tool%% *}-$name")
       sanitize_file "$tool" "$name" $seconds >"$TMP/${jobs[-1]}" 2>&1 &
     done
@@ -111,7 +111,7 @@ fi
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 1
 export OUT
 prepare
-declare -A MOST=([build]=180 [tests]=120 [graph]=45 [sanitize]=80 [bench]=330)
+declare -A MOST=([build]=180 [tests]=170 [graph]=45 [sanitize]=80 [bench]=330)
 failures=0
 for stage in ${STAGES:-build tests graph sanitize bench}; do
   [ -n "${MOST[$stage]:-}" ] || { echo "unknown stage $stage; choose from ${!MOST[*]}"; exit 2; }

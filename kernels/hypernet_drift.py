@@ -375,7 +375,7 @@ class Trunk:
             Factor(self._parts(self.num_rows, 2 * padded(width) + END), numbers[SCALE_DX.value :], padded(width))
             for width, numbers in zip(self.widths, self.numbers, strict=True)
         ]
-        dtype = torch.int8 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
+        dtype = torch.float16 if activation == RELU else torch.float32  # of what is 0 or 1, and of what is not
         self.slopes = [torch.empty(self.num_rows, padded(w), dtype=dtype, device=device) for w in self.widths]
         self.turned: list[Right] = []  # W' of each layer but the first
 

@@ -190,7 +190,7 @@ def along(a: Factor, b: Right, out: Tensor) -> None:
 def down(a: Factor, b: Factor, *, upper: bool = False) -> Tensor:
     """a' b of slabs of rows, float32 ``[slabs, I, J]``, to be summed, for factors of ``[R, I]`` and ``[R, J]``.
 
-    Tensor cores cut off what they add, by some 2e-8 each time: few rows are several slabs, too.
+    Tensor cores cut off what they add: few rows are several slabs, too.
 
     ``upper``: what lies below the diagonal need not be made.
     """
