@@ -87,7 +87,7 @@ def _all_rows(flat: Tensor, rows: int, width: int, parts: int, peak: Tensor, *, 
         *(flat, flat.numel(), width, peak, scales, *strides(out), None, rows, width, columns),
         **{"ONES": ones, "PARTS": parts, "BM": 8, "BN": 256},
     )
-    return Factor(out[..., : width + ones], scales, columns)
+    return Factor(out, scales, columns)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def generate_bwd(grads: Sequence[Tensor], h_NH: Tensor, basis_SK: Tensor) -> tup
     peaks = flat.new_zeros(2)
     h_NH = h_NH.contiguous()
     raise_peaks(flat, h_NH.flatten(), peaks)
-    grad = _all_rows(flat, num_chunks, chunk_size, parts, peaks, ones=False)
-    made = down(grad, _all_rows(h_NH, num_chunks, width, parts, peaks[1:], ones=True))
-    grad_basis_SK = made[0] if len(made) == 1 else made.sum(0)
-    return flat.view(num_chunks, chunk_size) @ basis_SK[:, :width], grad_basis_SK
+    grad = _all_rows(flat, num_chunks, chunk_size, parts, peaks, ones=False).columns(0, chunk_size)
+    made = down(grad, _all_rows(h_NH, num_chunks, width, parts, peaks[1:], ones=True))  # rows of whole 64 bytes
+    whole = made[0] if len(made) == 1 else made.sum(0)
+    return flat.view(num_chunks, chunk_size) @ basis_SK[:, :width], whole[:, : width + 1].contiguous()
