@@ -16,7 +16,7 @@ ONCE := fuzz_files report report_in_browser cuda_compiles cuda_emulated kernels_
   adapters avalanche layering metrics loggers recipe_file bench bench_gpu sweep distributed kills faults cli packaging docs examples export
 # what differs where no extension was built: which implementation serves, and all that is run from outside
 PURE := packaging cli trainer regularizer affine candidate_step inference checkpoint export examples docs
-TRITON := hyper_linear aligned hypernet_drift output_drift pair_drift direct_kernels wide_generate target_drift adam candidate_step
+TRITON := hyper_linear aligned hypernet_drift output_drift pair_drift direct_kernels wide_generate parts_range target_drift adam candidate_step
 
 # exact versions and hashes of what .dev installs beside torch, for this Python and platform; others go by constraints.txt
 TAG := $(shell $(PYTHON) -c 'import sys, sysconfig; print("cp%d%d-" % sys.version_info[:2] + sysconfig.get_platform())')
@@ -51,7 +51,7 @@ reference: $(VENV)/.dev
 
 # the ops that Triton serves, in its interpreter, which takes minutes over slots that are many or large; a drift in float64 is none
 triton: $(VENV)/.dev
-	TRITON_INTERPRET=1 FASTHYPER_BACKEND=triton pytest --hypothesis-profile=few -k '(bound or direct_kernels or wide_generate) and not slots and not (drift and f64)' $(TRITON:%=tests/test_%.py)
+	TRITON_INTERPRET=1 FASTHYPER_BACKEND=triton pytest --hypothesis-profile=few -k '(bound or direct_kernels or wide_generate or parts_range) and not slots and not (drift and f64)' $(TRITON:%=tests/test_%.py)
 
 # what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours;
 # every test of what serves there, plain PyTorch, is in `reference`

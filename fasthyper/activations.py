@@ -32,7 +32,8 @@ def _relu_drift(a0: Tensor, da: Tensor) -> Drifted:
 
 def _elu_drift(a0: Tensor, da: Tensor) -> Drifted:
     above, slope_above = _relu_drift(a0, da)  # elu(a) = max(a, 0) + expm1(min(a, 0)), drift by drift
-    low, d_low = a0.clamp(max=0), da - above
+    low = a0.clamp(max=0)
+    d_low = torch.minimum(da - above, -low)  # rounding may not carry it above 0
     below = torch.exp(low)
     far = d_low > 80  # from where exp is 0 it would be 0 times infinity
     d_below = torch.where(far, torch.exp(low + d_low), below * torch.expm1(torch.where(far, 0, d_low)))

@@ -40,7 +40,8 @@ def drift(a0, da, ACT: tl.constexpr):
         slope = tl.where(dx > -x0, 1.0, 0.0)
     elif ACT == 1:
         above = _relu_drift(a0, da)
-        low, d_low = tl.minimum(a0, 0.0), da - above
+        low = tl.minimum(a0, 0.0)
+        d_low = tl.minimum(da - above, -low)  # rounding may not carry it above 0
         below = tl.exp(low)
         d_below = tl.where(d_low > 80, tl.exp(low + d_low), below * expm1(tl.minimum(d_low, 80.0)))
         dx = above + d_below

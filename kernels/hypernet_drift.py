@@ -60,8 +60,8 @@ def _store_features(
     bound_x = tl.load(here + BOUND_A0) + tl.load(here + BOUND_A0_N)
     if not LAST:
         bound_x += bound_dx
-    if (ACT == 2) | (ACT == 3):
-        bound_x = tl.minimum(bound_x, 1.0)
+    if (ACT == 2) | (ACT == 3):  # from -1, or 0, to 1
+        bound_dx, bound_x = tl.minimum(bound_dx, 2.0), tl.minimum(bound_x, 1.0)
     bound_x = tl.maximum(bound_x, 1.0)
     if LAST:
         bound_dx *= tl.load(here + ROOT)

@@ -222,8 +222,9 @@ def test_hypernet_drift_of_elu_from_far_below(implementation, dtype):
 
 
 def test_elu_from_far_below():
-    """Where exp(a0) is 0 and expm1 of the way up is infinite."""
-    a0, da = torch.tensor([-1000.0, -1000.0, -200.0, -1.0]), torch.tensor([2000.0, 500.0, 199.0, 1.5])
+    """Where exp(a0) is 0 and expm1 of the way up is infinite; and where it is rounded by thousands."""
+    a0 = torch.tensor([-1000.0, -1000.0, -200.0, -1.0, -7682217984.0])
+    da = torch.tensor([2000.0, 500.0, 199.0, 1.5, 57046220800.0])
     dx, slope = ACTIVATIONS["elu"].drift(a0, da)
     want = torch.nn.functional.elu(a0.double() + da) - torch.nn.functional.elu(a0.double())
     assert oracle.relative_error(dx, want) < 1e-6 and slope.isfinite().all()
