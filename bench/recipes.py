@@ -3,8 +3,10 @@
     fasthyper run split-mnist-cl1-ent --seeds 3 --out runs/a
     python bench/recipes.py runs/a/seed-*                       # one entry for each recipe among them, one number a seed
     python bench/recipes.py --of split-mnist-cl3-ent runs/a/seed-*   # of a recipe that only evaluates these runs another way
+    python bench/recipes.py --add runs/a/seed-45                # to the seeds that the entry has
 
-A run must be finished and of the recipe's own settings, but for the seed and where the data lie.
+Without ``--add`` an entry is replaced. A run must be finished and of the recipe's own settings, but for the seed and where the
+data lie.
 """
 
 from __future__ import annotations
@@ -71,6 +73,25 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     }
 
 
+PER_SEED = "seeds", "score", "largest_drop", "forgetting", "peak_memory", "seconds", "environments"
+
+
+def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Both entries of a recipe in one; of a seed that both have, the one found now."""
+    kept = [i for i, seed in enumerate(earlier["seeds"]) if seed not in found["seeds"]]
+    seeds = [*(earlier["seeds"][i] for i in kept), *found["seeds"]]
+    places = sorted(range(len(seeds)), key=seeds.__getitem__)
+
+    def both(key: str) -> list[Any] | None:
+        if earlier[key] is None:
+            return None
+        numbers = [*(earlier[key][i] for i in kept), *found[key]]
+        return [numbers[place] for place in places]
+
+    where = " and ".join(dict.fromkeys([earlier["where"], found["where"]] if kept else [found["where"]]))
+    return found | {key: both(key) for key in PER_SEED} | {"where": where}
+
+
 def score(results: Results) -> float:
     """Mean accuracy, or error, over all tasks after the last one."""
     return results.scores()[MEASURES[results.measure].key]
@@ -80,12 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--of", choices=[*RECIPES], metavar="RECIPE", help="that trains as these runs do")
+    parser.add_argument("--add", action="store_true", help="to the seeds that were measured before")
     args = parser.parse_args()
     found: dict[str, list[Path]] = defaultdict(list)
     for directory in args.directories:
         found[args.of or read_results(directory)["name"]].append(directory)
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-    kept |= {name: entry(name, directories, again=args.of is not None) for name, directories in found.items()}
+    for name, directories in found.items():
+        new = entry(name, directories, again=args.of is not None)
+        kept[name] = joined(kept[name], new) if args.add and name in kept else new
     FILE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     for name in found:
         print(f"{name}: {kept[name]['score']}")
