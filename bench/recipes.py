@@ -5,8 +5,8 @@
     python bench/recipes.py --of split-mnist-cl3-ent runs/a/seed-*   # of a recipe that only evaluates these runs another way
     python bench/recipes.py --add runs/a/seed-45                # to the seeds that the entry has
 
-Without ``--add`` an entry is replaced. A run must be finished and of the recipe's own settings, but for the seed and where the
-data lie.
+Without ``--add`` an entry is replaced. A run must be finished and of the recipe's own settings, but for the seed and where
+the data lie.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from conftest import TOL
 
 from fasthyper import reference
 from fasthyper.activations import ACTIVATIONS
+from fasthyper.trunk import run_trunk
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -70,6 +71,24 @@ def test_the_drift_keeps_its_digits_whatever_the_size_of_its_numbers(activation,
         if wanted.any():
             own = oracle.relative_error(plain, wanted)  # of float32 itself, where differences cancel
             assert oracle.relative_error(have, wanted) < max(TOL["drift", torch.float32], 4 * own)
+
+
+def test_pre_activations_may_lie_in_padded_rows_chunk_by_chunk():
+    theta, theta0, embeddings = state(SIZES["plain"], 0.1, torch.float32)
+    pre0 = run_trunk(theta0, embeddings, ACTIVATIONS["relu"]).pre[1:]
+    plan = torch.tensor([[0, -1, 0, CHUNKS, 0, CHUNK_SIZE, 0]])
+    weight, no_gram0 = torch.ones(TASKS, device=DEVICE), torch.empty(0, 25, 25, dtype=torch.float64, device=DEVICE)
+
+    def padded(pre):
+        room = torch.full((CHUNKS, TASKS, 32), torch.nan, device=DEVICE).transpose(0, 1)[..., : pre.shape[2]]
+        return room.copy_(pre)
+
+    run = IMPLEMENTATIONS["hypernet_drift_fwd"]
+    found, want = (
+        run(theta, theta0, embeddings, embeddings, pre, no_gram0, weight, plan, 0) for pre in (list(map(padded, pre0)), pre0)
+    )
+    assert found[0].equal(want[0]) and found[1].equal(want[1])
+    assert all(have.equal(wanted) for have, wanted in zip(found[2], want[2], strict=True))
 
 
 def test_what_is_not_finite_stays_so():
