@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasthyper.kernels.direct import direct_rectangles, rectangles_of
-from fasthyper.kernels.products import Factor, Right, along, down, raise_peaks, scale_for, store_parts, strides
+from fasthyper.kernels.products import Factor, Right, along, down, padded, raise_peaks, scale_for, store_parts, strides
 
 Range = tuple[int, int]
 END = 16  # columns after both halves: a one, and zeros
@@ -51,11 +51,6 @@ class Plan(NamedTuple):
         ranges = list(pairwise(sorted({edge for span in spans for edge in span})))
         over = [[k for k, span in enumerate(spans) if span[0] <= lo and hi <= span[1]] for lo, hi in ranges]
         return [(span, found) for span, found in zip(ranges, over, strict=True) if found]
-
-
-def padded(width: int) -> int:
-    """P of H."""
-    return -(-width // 16) * 16
 
 
 @triton.jit
@@ -197,7 +192,7 @@ def gram_form(
     The matrices of the columns, float64 ``[L, L]``, are those that meet each range of chunks.
     """
     num_cols, device, cols = y.parts.shape[1], y.parts.device, plan.cuts(2)
-    values = []
+    values: list[Tensor] = []
     covered = sum(hi - lo for (lo, hi), _ in cols)
     grad_basis_SK = (torch.empty if covered == num_cols else torch.zeros)(num_cols, width + 1, device=device)
     of_columns: list[list[Tensor]] = [[] for _ in plan.gram]

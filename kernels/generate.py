@@ -16,6 +16,7 @@ from fasthyper.kernels.products import (
     down,
     num_parts,
     num_tiles,
+    padded,
     raise_peaks,
     scale_for,
     store_parts,
@@ -58,14 +59,9 @@ def _rows(
     store_parts(out + row.to(tl.int64) * ldo + col, part, value * scale, (row < num_rows) & (col < columns), PARTS)
 
 
-def _columns(width: int) -> int:
-    """Of a row in parts, whose loads are of 16 bytes."""
-    return -(-width // 16) * 16
-
-
 def _each_row(matrix: Tensor, parts: int, *, ones: bool) -> Right:
     """Rows ``[R, C]``, or with a one behind, each by a power of two of its own."""
-    (rows, width), columns = matrix.shape, _columns(matrix.shape[1] + ones)
+    (rows, width), columns = matrix.shape, padded(matrix.shape[1] + ones)
     out = torch.empty(parts, rows, columns, dtype=torch.float16, device=matrix.device)
     inverse_R = matrix.new_empty(rows)
     block = triton.next_power_of_2(columns)
@@ -79,7 +75,7 @@ def _each_row(matrix: Tensor, parts: int, *, ones: bool) -> Right:
 
 def _all_rows(flat: Tensor, rows: int, width: int, parts: int, peak: Tensor, *, ones: bool) -> Factor:
     """Rows ``[R, C]`` that may end early, or with a one behind; none of their numbers is above ``peak``."""
-    columns = _columns(width + ones)
+    columns = padded(width + ones)
     out = torch.empty(parts, rows, columns, dtype=torch.float16, device=flat.device)
     scales = flat.new_empty(2)
     grid = (triton.cdiv(rows, 8), triton.cdiv(columns, 256))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasthyper.kernels.activation import RELU, drift
-from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, right, row_grams
+from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, right, row_grams
 from fasthyper.kernels.products import (
     Factor,
     Right,
@@ -24,6 +24,7 @@ from fasthyper.kernels.products import (
     down,
     num_parts,
     num_tiles,
+    padded,
     scale_for,
     store_parts,
     strides,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, padded, right, row_grams
-from fasthyper.kernels.products import Factor, along, num_parts, raise_peaks, scale_for, store_parts, strides
+from fasthyper.kernels.drift import END, Plan, basis_rows, direct_part, gram_form, right, row_grams
+from fasthyper.kernels.products import Factor, along, num_parts, padded, raise_peaks, scale_for, store_parts, strides
 
 
 @triton.jit

@@ -56,6 +56,11 @@ class Right(NamedTuple):
     inverse_J: Tensor  # of the scales, float32
 
 
+def padded(width: int) -> int:
+    """P of H: whole 16 columns, which Triton wants to know before it loads 16 bytes at a time."""
+    return -(-width // 16) * 16
+
+
 def num_parts(precision: int) -> int:
     """Two for float32 and for what is asked to keep 16 bits; one where ``precision``, or torch's own switch, allows less."""
     return min(2 if precision > 1 else 1, {"tf32x3": 2, "tf32": 1, "bf16": 1}[factor_precision()])
