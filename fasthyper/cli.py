@@ -29,7 +29,6 @@ from fasthyper.inference import METHODS
 from fasthyper.interrupt import whole_process
 from fasthyper.loggers import KINDS, open_logger
 from fasthyper.metrics import MEASURES, Results
-from fasthyper.planner import MEMORY_BUDGET
 from fasthyper.recipes import RECIPES, Recipe, Runner, evaluate, measured, nearest, read, run, with_error
 from fasthyper.recipes.fields import FIELDS, converter
 from fasthyper.streams import fetch
@@ -88,7 +87,7 @@ def _parser() -> _Parser:
     verb.add_argument(
         "--on-nonfinite", choices=tuple(ON_NONFINITE), default="stop", help="on NaN or infinity: stop, or skip that step"
     )
-    verb.add_argument("--memory-budget", type=int, default=MEMORY_BUDGET, metavar="BYTES", help="for past tasks' features")
+    verb.add_argument("--memory-budget", type=int, metavar="BYTES", help="for past tasks' features")
     _add_settings(verb)
     verb.set_defaults(command=_run)
 

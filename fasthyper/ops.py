@@ -303,8 +303,8 @@ def hypernet_drift(
         theta0:      the same at the snapshot; not differentiated.
         embeddings:  ``[T, E]`` of the past tasks.
         embeddings0: ``[T, E]`` at the snapshot; not differentiated.
-        pre0:        per trunk layer but the first, which separates into T + N rows, pre-activations ``[T, N, o]`` at the
-                     snapshot; empty: they are made again each time.
+        pre0:        of the last trunk layers, the first one excepted, which separates into T + N rows: pre-activations
+                     ``[T, N, o]`` at the snapshot. Those of layers that it lacks are made again each time.
         plan:        ``[B, 7]`` int64 on the CPU, rectangles of real weights, from ``planner.drift_plan``.
         activation:  code of an ``activations.Activation``.
         weight:      ``[T]`` weight of each task; ``None`` means 1/T each.
@@ -670,10 +670,10 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
     op, num_layers = "hypernet_drift", len(theta) // 2 - 1
     if len(theta) < 2 or len(theta) % 2 or len(theta0) != len(theta):
         raise ValueError(f"{op}: theta and theta0 need 2 tensors and 2 per layer each, got {len(theta)} and {len(theta0)}")
-    if len(pre0) not in (0, num_layers - 1):
-        raise ValueError(
-            f"{op}: pre0 needs {num_layers - 1} pre-activations for {num_layers} layers, or none, got {len(pre0)}"
-        )
+    most = max(0, num_layers - 1)
+    if len(pre0) > most:
+        raise ValueError(f"{op}: pre0 may hold {most} pre-activations of {num_layers} layers, got {len(pre0)}")
+    lacking = num_layers - len(pre0)
     named = {"embeddings": embeddings, "embeddings0": embeddings0}
     named |= {f"theta[{i}]": p for i, p in enumerate(theta)} | {f"theta0[{i}]": p for i, p in enumerate(theta0)}
     named |= {f"pre0[{i}]": a for i, a in enumerate(pre0)} | ({} if weight is None else {"weight": weight})
@@ -689,8 +689,8 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
         _check_shape(op, f"theta[{2 * i + 1}]", theta[2 * i + 1], ("o", width))
         width = theta[2 * i + 1].shape[0]
         _check_shape(op, f"theta[{2 * i + 2}]", theta[2 * i + 2], (width,))
-        if i and pre0:
-            _check_shape(op, f"pre0[{i - 1}]", pre0[i - 1], (num_tasks, num_chunks, width))
+        if i >= lacking:
+            _check_shape(op, f"pre0[{i - lacking}]", pre0[i - lacking], (num_tasks, num_chunks, width))
     _check_shape(op, f"theta[{len(theta) - 1}]", theta[-1], ("S", width + 1))
     for i, p in enumerate(theta0):
         _check_shape(op, f"theta0[{i}]", p, theta[i].shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fasthyper.layout import Layout, Rectangle
 
-MEMORY_BUDGET = 1 << 28  # bytes of pre-activations that a snapshot stores, unless told otherwise
+MEMORY_BUDGET = {"cpu": 3 << 24, "cuda": 1 << 28}  # bytes of pre-activations that a snapshot stores, unless told otherwise
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
 
@@ -59,9 +60,13 @@ def by_moments(num_tasks: int, width: int) -> bool:
     return 2 * num_tasks > width + 1
 
 
-def snapshot_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int) -> int:
-    """Memory of a snapshot's pre-activations, one of each trunk layer but the first for each chunk of each task."""
-    return num_tasks * num_chunks * sum(widths[1:]) * itemsize
+def stored_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int, budget: int) -> list[int]:
+    """Of the pre-activations that a snapshot stores: of the trunk's last layer, the one before, ... while the budget lasts.
+
+    Never of the first, which is cheap. Later layers come first because they are mostly wider: their products cost most.
+    """
+    sizes = [num_tasks * num_chunks * width * itemsize for width in reversed(widths[1:])]
+    return [size for size, total in zip(sizes, accumulate(sizes), strict=True) if total <= budget]
 
 
 def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto", *, trunk: bool = True) -> Tensor:

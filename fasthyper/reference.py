@@ -80,9 +80,10 @@ def hypernet_drift_fwd(
     now, slopes = [], []  # inputs of the second layer and on, slopes of each layer's activation
     if not layers:
         dx, x0 = pairs(de_TE, dz_NZ), pairs(embeddings0_TE, z0_NZ)
+    lacking = len(layers) // 2 - len(pre0)
     for i in range(len(layers) // 2):
         weight_OI, bias_O, weight0_OI, bias0_O = *layers[2 * i : 2 * i + 2], *layers0[2 * i : 2 * i + 2]
-        a0 = pre0[i - 1] if i and pre0 else F.linear(x0 if i else pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
+        a0 = pre0[i - lacking] if i >= lacking else F.linear(x0 if i else pairs(embeddings0_TE, z0_NZ), weight0_OI, bias0_O)
         if i == 0:
             (we, wz), (we0, wz0) = weight_OI.tensor_split(split, 1), weight0_OI.tensor_split(split, 1)
             da_e = linear_drift(de_TE, we, bias_O, embeddings0_TE, we0, bias0_O)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasthyper import ops, reference
 from fasthyper.affine import AffineDrift, sigma_points
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.planner import MEMORY_BUDGET, drift_plan, is_affine, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, drift_plan, is_affine, stored_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
@@ -26,8 +26,9 @@ class OutputRegularizer:
         form: of the drift, ``"auto"``, ``"gram"`` or ``"direct"``; see ``planner.drift_plan``.
         precision: of products of float32 matrices in the drift, ``"highest"``, ``"high"`` or ``"medium"``; see
             ``ops.output_drift``.
-        memory_budget: bytes that a snapshot may take for pre-activations of the trunk. Those of T tasks are stored where
-            they fit; else they are made again in each step, and all that grows with T are embeddings.
+        memory_budget: bytes that a snapshot may take for pre-activations of the trunk; ``None``: 48 MiB on a CPU, 256 MiB on
+            a GPU. Those of T tasks are stored layer by layer, the last first, while they fit; the others are made again in
+            each step, and all that grows with T beside them are embeddings.
 
     Raises:
         ValueError: unknown ``form`` or ``precision``, or a negative budget.
@@ -40,9 +41,9 @@ class OutputRegularizer:
     """
 
     def __init__(
-        self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int = MEMORY_BUDGET
+        self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int | None = None
     ):
-        if precision not in ops.PRECISIONS or memory_budget < 0:
+        if precision not in ops.PRECISIONS or (memory_budget or 0) < 0:
             known = ", ".join(ops.PRECISIONS)
             raise ValueError(f"precision must be one of {known} and memory_budget not negative, got {precision!r}")
         self.hnet = hnet
@@ -91,20 +92,21 @@ class OutputRegularizer:
             self._held_plan = self._plan(range(len(self._held)))
 
     def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
-        """The snapshot's pre-activations, empty where they exceed the budget, and its Gram matrices.
+        """The snapshot's pre-activations, of as many layers as fit the budget, and its Gram matrices.
 
         The first layer's, sums of T + N rows, are not worth their bytes.
         """
         z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
-        stores = snapshot_bytes(num_past, len(z), widths, z.element_size()) <= self.memory_budget
-        stored = [_pre_activations(z, num_past, width) for width in widths[1:] if stores]
+        budget = MEMORY_BUDGET[z.device.type] if self.memory_budget is None else self.memory_budget
+        num_stored = len(stored_bytes(num_past, len(z), widths, z.element_size(), budget))
+        stored = [_pre_activations(z, num_past, width) for width in widths[len(widths) - num_stored :]]
         tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * sum(widths) * z.element_size()))
         grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
         with full_precision():  # a task's steps differ from what is made here by little
             for lo in range(0, num_past, tasks_at_once):
                 some = self.embeddings0[lo : lo + tasks_at_once]
-                (_, *pre), h0 = run_trunk(self.theta0, some, self.hnet.activation)
-                for kept, made in zip(stored, pre, strict=False):
+                pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
+                for kept, made in zip(stored, pre[len(pre) - num_stored :], strict=True):
                     kept[lo : lo + len(some)] = made
                 plan = _some_tasks(self._all, lo, lo + len(some))
                 with torch.autocast(h0.device.type, enabled=False):

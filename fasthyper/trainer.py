@@ -28,7 +28,7 @@ from fasthyper.lookahead import look_ahead, make_capturable, take_step
 from fasthyper.losses import LOSSES
 from fasthyper.metrics import Results, TaskRecord, is_sampled, peak_memory
 from fasthyper.progress import training_bar
-from fasthyper.regularizer import MEMORY_BUDGET, OutputRegularizer
+from fasthyper.regularizer import OutputRegularizer
 from fasthyper.streams import Task, TaskData, as_task_data
 from fasthyper.streams.batches import Batches, derived_seed, to_device
 from fasthyper.training import SCHEDULES, TaskInTraining, restore_rng, rng_tensors, total
@@ -123,7 +123,7 @@ class Trainer:
         out: str | Path | None = None,
         save_every: float = checkpoint.SAVE_EVERY,
         on_nonfinite: str = "stop",
-        memory_budget: int = MEMORY_BUDGET,
+        memory_budget: int | None = None,
         name: str = "run",
         settings: dict[str, Any] | None = None,
         progress: bool = True,

@@ -75,8 +75,8 @@ def trunk_drift(
 ) -> tuple[Tensor, Tensor]:
     """Drift of the features ``[T, N, H]`` since a snapshot, and the features there, without loss of digits (DESIGN E5).
 
-    ``pre0`` is what ``run_trunk`` made of the snapshot, but for its first layer, or empty: it is made again. The drift is
-    differentiable in ``theta`` and ``embeddings``.
+    ``pre0`` is what ``run_trunk`` made of the snapshot for the last layers, the first one excepted; for layers that it lacks
+    it is made again. The drift is differentiable in ``theta`` and ``embeddings``.
     """
     (z, *layers, _), (z0, *layers0, _) = theta, theta0
     de, dz = embeddings - embeddings0, z - z0
@@ -86,9 +86,10 @@ def trunk_drift(
     of_tasks = linear_drift(de, we, layers[1], embeddings0, we0, layers0[1])
     da = of_tasks[:, None] + F.linear(dz, wz) + F.linear(z0, wz - wz0)
     dx, x0 = _drift(activation, F.linear(embeddings0, we0, layers0[1])[:, None] + F.linear(z0, wz0), da)
+    lacking = len(layers) // 2 - len(pre0)
     for i in range(1, len(layers) // 2):
         (weight, bias), (weight0, bias0) = layers[2 * i : 2 * i + 2], layers0[2 * i : 2 * i + 2]
-        a0 = pre0[i - 1] if pre0 else F.linear(x0, weight0, bias0)
+        a0 = pre0[i - lacking] if i >= lacking else F.linear(x0, weight0, bias0)
         dx, x0 = _drift(activation, a0, linear_drift(dx, weight, bias, x0, weight0, bias0))
     return dx, x0
 

@@ -392,7 +392,7 @@ class Trunk:
 
     def forward(self, e_TE: Tensor, e0_TE: Tensor, z_NZ: Tensor, z0_NZ: Tensor) -> None:
         """Fills ``x``."""
-        last, has_pre, (num_tasks, num_chunks), width = len(self.weights) - 1, bool(self.pre0), self.sizes, self.widths[0]
+        last, (num_tasks, num_chunks), width = len(self.weights) - 1, self.sizes, self.widths[0]
         sums = [self.roots.new_empty(rows, width) for rows in (num_tasks, num_chunks) * 2]  # da of both, a0 of both
         programs, columns = [triton.cdiv(rows, 16) for rows in self.sizes], max(1, triton.cdiv(width, 32))
         _first_sums[(sum(programs), columns)](
@@ -408,20 +408,22 @@ class Trunk:
             **{"LAST": last == 0, "BM": 16, "BN": 128},
         )
         for i in range(1, last + 1):
-            pair, single = self._pack(i)
+            has_pre = i > last - len(self.pre0)
+            pair, single = self._pack(i, has_pre)
+            a0 = self.pre0[i - last - 1] if has_pre else None
             tile_of = LAYER_TILE if has_pre else TWO_PRODUCTS_TILE
             _layer[(num_tiles(self.num_rows, padded(self.widths[i]), tile_of),)](
                 *(*strides(self.x[i - 1].parts), *strides(pair.parts), pair.inverse_J),
-                *(*strides(single.parts), single.inverse_J, *_rows_of(self.pre0[i - 1] if has_pre else None), self.roots),
+                *(*strides(single.parts), single.inverse_J, *_rows_of(a0), self.roots),
                 *(*strides(self.x[i].parts), self.numbers[i], self.slopes[i], *self._of(i)),
                 **self.settings,
                 **{"HAS_PRE": has_pre, "LAST": i == last},
                 **tile_of,
             )
 
-    def _pack(self, i: int) -> tuple[Right, Right]:
+    def _pack(self, i: int, has_pre: bool) -> tuple[Right, Right]:
         num_out, num_in = self.weights[i].shape
-        p_in, p_out, has_pre = padded(num_in), padded(num_out), bool(self.pre0)
+        p_in, p_out = padded(num_in), padded(num_out)
         pair, turned = self._right(num_out, 2 * p_in + END), self._right(num_in, p_out)
         single = pair if has_pre else self._right(num_out, 2 * p_in + END)
         self.turned.append(turned)

@@ -16,6 +16,7 @@ from fasthyper.bench.machine import Link, Machine
 from fasthyper.bench.memory import STATUS, peak_memory
 from fasthyper.bench.predict import seconds_on_ranks
 from fasthyper.bench.workloads import CASES, WORKLOADS, Workload, mlp
+from fasthyper.planner import MEMORY_BUDGET
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -199,7 +200,11 @@ def test_predictions_continue_what_was_measured(quick, monkeypatch, workload):
         for past in (1, 2, 10, 100, 1000):
             assert predictor.seconds(side, past, "step") == pytest.approx(law(predictor, side, past, "step"))
         sizes = [predictor.memory(side, past) for past in (2, 10, 100, 1000)]
-        assert sizes[0] == 3_000_000 and all(before <= after for before, after in pairwise(sizes))
+        assert sizes[0] == 3_000_000
+        if side == "hypnettorch":
+            assert all(before < after for before, after in pairwise(sizes))
+        else:  # what is stored fits a budget, or is not
+            assert all(size - sizes[0] <= MEMORY_BUDGET["cpu"] for size in sizes)
 
 
 def test_nothing_is_predicted_for_a_peer_that_is_missing(quick, monkeypatch):

@@ -88,6 +88,20 @@ def test_emulated_drift_forward_backward(emulated, shape, activation, given, dty
         assert have.shape == want.shape and oracle.relative_error(have, want) < TOL["drift", dtype]
 
 
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_emulated_drift_makes_again_what_is_not_stored(emulated, stored, dtype):
+    shape = (3, 83, 20, 3, 2, (6, 9, 4))
+    args = arguments(shape, ACTIVATIONS["elu"], dtype, form="gram")
+    args["pre0"] = args["pre0"][2 - stored :]
+    raw = with_weight(args)
+    emulated.emulate(3, 2 * SHARED_MEMORY, False)
+    assert emulated.fits(args["theta"], args["plan"], shape[0])
+    want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["elu"], args, raw[6])
+    value, grad_embeddings, grad_theta = emulated.fwd(*raw)
+    for have, want in zip([value, *grad_theta, grad_embeddings], [want_value, *want_grads], strict=True):
+        assert oracle.relative_error(have, want) < TOL["drift", dtype]
+
+
 @all_activations
 @pytest.mark.parametrize("step", [1, 1e-2, 1e-4, 1e-6])
 def test_emulated_drift_keeps_its_digits_at_small_steps(emulated, activation, step):

@@ -119,6 +119,21 @@ def test_hypernet_drift_of_elu_in_float32(implementation, hidden, step, given):
         assert oracle.relative_error(have, want) < 3e-6
 
 
+@all_activations
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_hypernet_drift_makes_again_what_is_not_stored(implementation, activation, stored, dtype):
+    """Pre-activations of the last layers are given, those of layers before them are not."""
+    shape = (3, 83, 20, 3, 2, (6, 9, 4))
+    args = arguments(shape, activation, dtype)
+    args["pre0"] = args["pre0"][2 - stored :]
+    weight, width = torch.ones(shape[0], dtype=dtype), args["theta"][-1].shape[1]
+    no_gram0 = torch.empty(0, width, width, dtype=torch.float64)
+    value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, no_gram0))
+    want_value, want_grads = oracle_value_and_grads(shape, activation, args, weight)
+    for have, want in zip([value, *grad_theta, grad_embeddings], [want_value, *want_grads], strict=True):
+        assert oracle.relative_error(have, want) < TOL["drift", dtype]
+
+
 @pytest.mark.parametrize("name", ["two-layers", "linear", "full"])
 def test_hypernet_drift_gradcheck(name):
     args = arguments(SHAPES[name], ACTIVATIONS["elu"])
@@ -192,7 +207,7 @@ def test_hypernet_drift_names_what_is_wrong():
     for changed, error, message in (
         ({"theta": args["theta"][1:]}, ValueError, "need 2 tensors and 2 per layer each, got 5"),
         ({"embeddings": args["embeddings"][:2]}, ValueError, r"embeddings0 must have shape \[2, 3\], got \[3, 3\]"),
-        ({"pre0": 2 * args["pre0"]}, ValueError, "pre0 needs 1 pre-activations for 2 layers, or none, got 2"),
+        ({"pre0": 2 * args["pre0"]}, ValueError, "pre0 may hold 1 pre-activations of 2 layers, got 2"),
         ({"pre0": [args["pre0"][0].mT]}, ValueError, r"pre0\[0\] must have shape \[3, 5, 4\], got \[3, 4, 5\]"),
         ({"theta0": [t.float() for t in args["theta0"]]}, TypeError, r"theta0\[0\] is torch.float32"),
         ({"plan": args["plan"].int()}, TypeError, "plan must be int64 on the CPU"),

@@ -225,24 +225,26 @@ def test_float32_is_as_exact_as_the_slow_way_in_a_trained_state():
 
 @pytest.mark.parametrize("outputs_per_task", [None, 2])
 def test_regularizer_without_stored_pre_activations(monkeypatch, outputs_per_task):
-    """Beyond its memory budget a snapshot stores no pre-activations: values and gradients are the same."""
+    """A snapshot stores pre-activations of as many layers as fit its memory budget: values and gradients are the same."""
     monkeypatch.setattr("fasthyper.regularizer._BYTES_AT_ONCE", 500)  # a few tasks at a time
     hnet = fh.ChunkedHypernet(
-        fh.nets.MLP(5, (6,), 8), 4, chunk_size=17, hidden=(5, 7), task_dim=3, chunk_dim=2, activation="elu",
+        fh.nets.MLP(5, (6,), 8), 4, chunk_size=17, hidden=(5, 7, 4), task_dim=3, chunk_dim=2, activation="elu",
         outputs_per_task=outputs_per_task, dtype=torch.float64,
     )  # fmt: skip
+    second, third = (4 * hnet.layout.num_chunks * width * 8 for width in (7, 4))  # bytes of a layer
     ahead = [p.detach() + 0.1 * torch.randn_like(p) for p in hnet.theta]
     results = []
-    for budget in (1 << 28, 0):
+    for budget, stored in ((None, 2), (second + third, 2), (second + third - 1, 1), (third, 1), (third - 1, 0), (0, 0)):
         regularizer = fh.OutputRegularizer(hnet, memory_budget=budget)
         regularizer.snapshot(4)
-        assert bool(regularizer._pre0) == (budget > 0)
+        assert len(regularizer._pre0) == stored
         value, grads, grad_embeddings = regularizer.value_and_grad(ahead, regularizer.embeddings0)
         some = regularizer.penalty(ahead, tasks=[2, 0])
         weighed = regularizer.penalty(ahead, importance=torch.ones(4, hnet.layout.num_weights, dtype=torch.float64))
         results.append([value, *grads, grad_embeddings, some, weighed])
-    for stored, again in zip(*results, strict=True):
-        torch.testing.assert_close(stored, again, rtol=1e-10, atol=1e-12)
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-12)
 
 
 def test_regularizer_names_unknown_precision():

@@ -16,7 +16,7 @@ struct Layer {
   Tensor weight;       // [o, i]
   Tensor step;         // [2 i + 1, o], what x is multiplied by
   Tensor step0;        // [i + 1, o], what [x0 | 1] is multiplied by, where a0 is not given
-  const scalar_t* a0;  // [T, N, o] or null, as of the first layer
+  const scalar_t* a0;  // [T, N, o] or null, as of the first layer, and of those before others that have it
   int64_t width;       // o
   RightFactor<scalar_t> by_step, by_step0, by_weight;
 };
@@ -74,13 +74,14 @@ class HypernetDrift {
         drift_(drift),
         task_x_(pair(embeddings, embeddings0)),
         chunk_x_(pair(chunks_, theta0[0])) {
+    const size_t lacking = theta.size() / 2 - 1 - pre0.size();
     for (size_t l = 0; 2 * l + 2 < theta.size(); ++l) {
       const Tensor &weight = theta[2 * l + 1], &bias = theta[2 * l + 2];
       const Tensor &weight0 = theta0[2 * l + 1], &bias0 = theta0[2 * l + 2];
       Layer<scalar_t> layer{weight,
                             make_step(weight, weight0, bias, bias0),
                             Tensor(),
-                            l == 0 || pre0.empty() ? nullptr : const_data<scalar_t>(pre0[l - 1]),
+                            l < lacking ? nullptr : const_data<scalar_t>(pre0[l - lacking]),
                             weight.size(0),
                             RightFactor<scalar_t>(parts),
                             RightFactor<scalar_t>(parts),

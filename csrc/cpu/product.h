@@ -300,7 +300,7 @@ class GramSum {
       if (filled_) flush(space);
   }
 
-  // [width, width], finished; null where nothing was added
+  // [width, or as many rows as are made, width], finished; null where nothing was added
   const double* sum() const { return is_set_ ? gram_.data<double>() : nullptr; }
 
  private:
@@ -330,7 +330,7 @@ class GramSum {
   void flush(Workspace& space) {
     const tiles::Units units;
     const int64_t stride = tiles::panel_bytes(kDepth, parts_);
-    gram_.get<double>(width_ * width_);  // also where none of its rows are made
+    gram_.get<double>(height_ * width_);  // also where none of its rows are made
     const int64_t num_left = height_ == first_ ? tiles::count(first_) : num_panels();
     const char* right = right_.data<char>();
     char* left = space.left.get<char>(kLeftPanels * stride);
@@ -370,7 +370,7 @@ class GramSum {
   }
 
   void put(int64_t num_rows, int64_t num_cols, const scalar_t* block, int64_t stride, int64_t row, int64_t col) {
-    double* to = gram_.get<double>(width_ * width_) + row * width_ + col;
+    double* to = gram_.get<double>(height_ * width_) + row * width_ + col;
     (is_set_ ? put_block<true, scalar_t, double> : put_block<false, scalar_t, double>)(num_rows, num_cols, block, stride, to,
                                                                                        width_);
   }

@@ -278,13 +278,14 @@ Tensor call(Problem<T>& p, const Device& device, const std::vector<Tensor>& thet
   p.grad_embeddings = data<T>(grad_embeddings);
   p.grad_chunks = data<T>(grad_theta[0]);
   p.grad_basis = data<T>(grad_theta.back());
+  const int lacking = p.num_layers - static_cast<int>(pre0.size());
   for (int l = 0; l < p.num_layers; ++l) {
     Layer<T>& layer = p.layers[l];
     layer.weight = const_data<T>(theta[2 * l + 1]);
     layer.bias = const_data<T>(theta[2 * l + 2]);
     layer.weight0 = const_data<T>(theta0[2 * l + 1]);
     layer.bias0 = const_data<T>(theta0[2 * l + 2]);
-    layer.a0 = l == 0 || pre0.empty() ? nullptr : const_data<T>(pre0[l - 1]);
+    layer.a0 = l < lacking ? nullptr : const_data<T>(pre0[l - lacking]);
     layer.grad_weight = data<T>(grad_theta[2 * l + 1]);
     layer.grad_bias = data<T>(grad_theta[2 * l + 2]);
   }

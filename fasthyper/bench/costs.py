@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasthyper.bench.workloads import Workload
 from fasthyper.layout import Layout
-from fasthyper.planner import MEMORY_BUDGET, by_moments, drift_plan, is_affine, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, by_moments, drift_plan, is_affine, stored_bytes
 
 FLOAT = 4  # bytes
 ROWS_KEPT = 4  # csrc/cpu/drift.h: columns for each row from which on rows are kept, and columns read once
@@ -106,8 +106,10 @@ def drift_work(shapes: Shapes, past: int) -> Work:
         first, *_ = shapes.hidden
         for count, size in ((past, shapes.task_dim), (shapes.num_chunks, shapes.chunk_dim)):
             macs += count * first * (2 * size + 2 * size)  # forward of dx and x0, gradients of weight and embedding
-        again = 0 if kept(shapes, past) or not past else 1  # the snapshot's product, where it is not stored
-        macs += rows * sum(((2 + again) * i + 1) * o + 2 * i * o for i, o in pairwise(shapes.hidden))
+        lacking = len(shapes.hidden) - 1 - len(_stored(shapes, past))
+        for layer, (i, o) in enumerate(pairwise(shapes.hidden)):
+            again = int(layer < lacking)  # the snapshot's product, where it is not stored
+            macs += rows * (((2 + again) * i + 1) * o + 2 * i * o)
     gram_columns, runs = set(), set()  # a run of tasks or chunks is counted once, however many rectangles it is in
     plan = drift_plan(shapes.layout, range(past), width, trunk=bool(shapes.hidden)).tolist()
     for task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi, direct in plan:
@@ -128,9 +130,8 @@ def drift_work(shapes: Shapes, past: int) -> Work:
 
 
 def kept(shapes: Shapes, past: int) -> int:
-    """Bytes of pre-activations that a snapshot stores; 0 where they exceed its budget."""
-    needed = snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT)
-    return needed if needed <= MEMORY_BUDGET else 0
+    """Bytes of pre-activations that a snapshot stores on a CPU."""
+    return sum(_stored(shapes, past))
 
 
 def task_work(shapes: Shapes) -> Work:
@@ -156,6 +157,10 @@ def messages(shapes: Shapes, *, lookahead: bool = True, plastic: int = 0) -> lis
     held = shapes.num_theta + plastic * shapes.task_dim
     loss, drift = 1 + held + shapes.task_dim, 1 + held
     return [loss + 1, drift + 1] if lookahead else [loss + drift + 1]
+
+
+def _stored(shapes: Shapes, past: int) -> list[int]:
+    return stored_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT, MEMORY_BUDGET["cpu"])
 
 
 def _layers(shapes: Shapes) -> int:

@@ -22,7 +22,6 @@ from fasthyper.bench.workloads import Workload
 from fasthyper.compat.convert import in_hypnettorch_order, to_hypnettorch
 from fasthyper.hypernet import ChunkedHypernet
 from fasthyper.metrics import TaskRecord
-from fasthyper.planner import MEMORY_BUDGET
 from fasthyper.regularizer import OutputRegularizer
 from fasthyper.trainer import Trainer
 
@@ -71,7 +70,7 @@ class Side(abc.ABC):
 
 class Ours(Side):
     name = OURS
-    memory_budget = MEMORY_BUDGET
+    memory_budget: int | None = None
 
     def prepare(self, what: str) -> Call:
         if what == "step":

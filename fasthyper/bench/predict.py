@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from fasthyper.bench.costs import FLOAT, Shapes, Work, drift_work, messages
+from fasthyper.bench.costs import FLOAT, Shapes, Work, drift_work, kept, messages
 from fasthyper.bench.machine import Link, Machine, timed
 from fasthyper.bench.memory import peak_memory
 from fasthyper.bench.peers import OURS, SIDES
 from fasthyper.bench.workloads import Workload
-from fasthyper.planner import MEMORY_BUDGET, snapshot_bytes
 
 FEW, MORE = 2, {"hypnettorch": 10}  # past tasks that a loop is timed with
 MOST = 256  # ours is timed with no more
@@ -73,8 +72,8 @@ class Predictor:
     def memory(self, side: str, past: int) -> int | None:
         """Bytes that holding the past tasks takes: with two tasks in a process of its own, and what is counted to be added.
 
-        Ours stores the trunk's pre-activations, while they fit the budget. The loop stores all weights, and its graph holds
-        as many differences and the trunk's activations. ``None`` where the system does not tell a process's memory.
+        Ours stores the pre-activations of as many trunk layers as fit the budget. The loop stores all weights, and its graph
+        holds as many differences and the trunk's activations. ``None`` where the system does not tell a process's memory.
         """
         found = self._peak(side)
         return None if found is None else found + self._stored(side, past) - self._stored(side, FEW)
@@ -90,7 +89,7 @@ class Predictor:
     def _stored(self, side: str, past: int) -> int:
         shapes = self.shapes
         if side == OURS:
-            return min(snapshot_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT), MEMORY_BUDGET)
+            return kept(shapes, past)
         return 2 * FLOAT * past * (shapes.num_weights + shapes.num_chunks * sum(shapes.hidden))
 
     def _time(self, side: str, past: int, what: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasthyper.compat.hypnettorch.network import Network
 from fasthyper.compat.hypnettorch.terms import Held, plan_of_all
-from fasthyper.planner import MEMORY_BUDGET, snapshot_bytes
+from fasthyper.planner import MEMORY_BUDGET, stored_bytes
 from fasthyper.reference import gram0
 from fasthyper.trunk import run_trunk
 
@@ -69,22 +69,31 @@ class Targets(Sequence[list[Tensor]]):
         if self._plan is None or held is not self._plan_for:
             self._plan_for, self._gram0 = held, None
             self._plan = held.plan(self.network, range(len(self))) if held else plan_of_all(self.network, len(self))
-        if self._keeps and self._gram0 is None and weight is None:
+        if self._holds_features and self._gram0 is None and weight is None:
             h0 = self.network.features(self.theta, self.embeddings)
             self._gram0 = gram0(h0, h0.new_full((len(self),), 1 / len(self)), self._plan)
         return self._plan, self.pre(), None if weight is not None else self._gram0
 
     @torch.no_grad()
     def pre(self) -> list[Tensor]:
-        """Pre-activations ``[T, N, h]`` of each trunk layer but the first; empty beyond the budget."""
+        """Pre-activations ``[T, N, h]`` of each of the last trunk layers within the budget."""
         if self._pre is None:
-            activation = self.network.activation
-            self._pre = run_trunk(self.theta, self.embeddings, activation).pre[1:] if self._keeps and activation else []
+            stored = self._num_stored
+            self._pre = run_trunk(self.theta, self.embeddings, self.network.activation).pre[-stored:] if stored else []
         return self._pre
 
     @property
-    def _keeps(self) -> bool:
-        """Whether there is a trunk, of ours, whose pre-activations fit the budget."""
-        network, itemsize = self.network, self.theta[0].element_size()
-        fits = snapshot_bytes(len(self), network.num_chunks, network.hidden, itemsize) <= MEMORY_BUDGET
-        return bool(network.hidden and network.activation) and not network.own_chunks and fits
+    def _num_stored(self) -> int:
+        """Of how many layers the pre-activations fit the budget, of a trunk of ours."""
+        network, like = self.network, self.theta[0]
+        if not network.activation or network.own_chunks:
+            return 0
+        budget = MEMORY_BUDGET[like.device.type]
+        return len(stored_bytes(len(self), network.num_chunks, network.hidden, like.element_size(), budget))
+
+    @property
+    def _holds_features(self) -> bool:
+        """Whether the features of all tasks may be made at once."""
+        network = self.network
+        one_layer = len(network.hidden) == 1 and network.activation is not None and not network.own_chunks
+        return one_layer or self._num_stored > 0
