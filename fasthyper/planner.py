@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fasthyper.layout import Layout, Rectangle
 
-MEMORY_BUDGET = {"cpu": 3 << 24, "cuda": 1 << 28}  # bytes of pre-activations that a snapshot stores, unless told otherwise
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
 
@@ -58,6 +57,11 @@ def is_affine(layout: Layout, chunk_dim: int, layers: Sequence[object]) -> bool:
 def by_moments(num_tasks: int, width: int) -> bool:
     """Whether an affine drift is cheaper by one product with sum w x x' than by two with the rows x = [e | 1]."""
     return 2 * num_tasks > width + 1
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of pre-activations that a snapshot may store, unless told otherwise: on a CPU it costs little to make them again."""
+    return 1 << 28 if device.type == "cuda" else 3 << 24
 
 
 def stored_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsize: int, budget: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasthyper import ops, reference
 from fasthyper.affine import AffineDrift, sigma_points
 from fasthyper.hypernet import ChunkedHypernet
-from fasthyper.planner import MEMORY_BUDGET, drift_plan, is_affine, stored_bytes
+from fasthyper.planner import default_budget, drift_plan, is_affine, stored_bytes
 from fasthyper.trunk import full_precision, run_trunk, trunk_drift
 
 _BYTES_AT_ONCE = 1 << 24  # of pre-activations, where they are not stored
@@ -97,7 +97,7 @@ class OutputRegularizer:
         The first layer's, sums of T + N rows, are not worth their bytes.
         """
         z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
-        budget = MEMORY_BUDGET[z.device.type] if self.memory_budget is None else self.memory_budget
+        budget = default_budget(z.device) if self.memory_budget is None else self.memory_budget
         num_stored = len(stored_bytes(num_past, len(z), widths, z.element_size(), budget))
         stored = [_pre_activations(z, num_past, width) for width in widths[len(widths) - num_stored :]]
         tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * sum(widths) * z.element_size()))

@@ -16,7 +16,7 @@ from fasthyper.bench.machine import Link, Machine
 from fasthyper.bench.memory import STATUS, peak_memory
 from fasthyper.bench.predict import seconds_on_ranks
 from fasthyper.bench.workloads import CASES, WORKLOADS, Workload, mlp
-from fasthyper.planner import MEMORY_BUDGET
+from fasthyper.planner import default_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -204,7 +204,7 @@ def test_predictions_continue_what_was_measured(quick, monkeypatch, workload):
         if side == "hypnettorch":
             assert all(before < after for before, after in pairwise(sizes))
         else:  # what is stored fits a budget, or is not
-            assert all(size - sizes[0] <= MEMORY_BUDGET["cpu"] for size in sizes)
+            assert all(size - sizes[0] <= default_budget(torch.device("cpu")) for size in sizes)
 
 
 def test_nothing_is_predicted_for_a_peer_that_is_missing(quick, monkeypatch):

@@ -81,10 +81,10 @@ inline __attribute__((always_inline)) float smaller(float a, float b) { return s
 
 // elu(a) = max(a, 0) + expm1(min(a, 0)), drift by drift. Below -80 elu is -1 in float32 and its slope 0: a starts no lower.
 inline __attribute__((always_inline)) void elu_drift(float a0, float da, float& x0, float& dx, float& slope) {
-  constexpr float kLowest = -80;
-  const float a = larger(a0, kLowest), d = da + (a0 - a);
+  constexpr float kFloatLowest = -80;
+  const float a = larger(a0, kFloatLowest), d = da + (a0 - a);
   const float above = larger(a, 0), below = smaller(a, 0), d_above = larger(d + below, -above);
-  const float d_below = larger(smaller(d - d_above, -below), kLowest);  // rounding may not carry it above 0
+  const float d_below = larger(smaller(d - d_above, -below), kFloatLowest);  // rounding may not carry it above 0
   const Exp then = exp_of(below);
   const float exp0 = then.exp(), drift = exp0 * exp_of(d_below).expm1();
   x0 = above + then.expm1();

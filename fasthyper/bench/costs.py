@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasthyper.bench.workloads import Workload
 from fasthyper.layout import Layout
-from fasthyper.planner import MEMORY_BUDGET, by_moments, drift_plan, is_affine, stored_bytes
+from fasthyper.planner import by_moments, default_budget, drift_plan, is_affine, stored_bytes
 
 FLOAT = 4  # bytes
 ROWS_KEPT = 4  # csrc/cpu/drift.h: columns for each row from which on rows are kept, and columns read once
@@ -160,7 +160,7 @@ def messages(shapes: Shapes, *, lookahead: bool = True, plastic: int = 0) -> lis
 
 
 def _stored(shapes: Shapes, past: int) -> list[int]:
-    return stored_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT, MEMORY_BUDGET["cpu"])
+    return stored_bytes(past, shapes.num_chunks, shapes.hidden, FLOAT, default_budget(torch.device("cpu")))
 
 
 def _layers(shapes: Shapes) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasthyper.compat.hypnettorch.network import Network
 from fasthyper.compat.hypnettorch.terms import Held, plan_of_all
-from fasthyper.planner import MEMORY_BUDGET, stored_bytes
+from fasthyper.planner import default_budget, stored_bytes
 from fasthyper.reference import gram0
 from fasthyper.trunk import run_trunk
 
@@ -19,7 +19,7 @@ from fasthyper.trunk import run_trunk
 class Targets(Sequence[list[Tensor]]):
     """What ``get_current_targets`` returns: ``targets[i]`` is the list of weights that were generated for task i.
 
-    Holds a copy of the hypernetwork's parameters, and constants of the drift within ``planner.MEMORY_BUDGET``.
+    Holds a copy of the hypernetwork's parameters, and constants of the drift within ``planner.default_budget``.
     """
 
     @torch.no_grad()
@@ -88,8 +88,8 @@ class Targets(Sequence[list[Tensor]]):
         network, like = self.network, self.theta[0]
         if not network.activation or network.own_chunks:
             return 0
-        budget = MEMORY_BUDGET[like.device.type]
-        return len(stored_bytes(len(self), network.num_chunks, network.hidden, like.element_size(), budget))
+        sizes = len(self), network.num_chunks, network.hidden, like.element_size()
+        return len(stored_bytes(*sizes, default_budget(like.device)))
 
     @property
     def _holds_features(self) -> bool:
