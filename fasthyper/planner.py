@@ -60,7 +60,7 @@ def by_moments(num_tasks: int, width: int) -> bool:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes of pre-activations that a snapshot may store, unless told otherwise: on a CPU it costs little to make them again."""
+    """Bytes of pre-activations that a snapshot may store, unless told otherwise: a CPU makes them again for little."""
     return 1 << 28 if device.type == "cuda" else 3 << 24
 
 
