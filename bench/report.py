@@ -44,6 +44,7 @@ def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     plain = json.loads((RESULTS / "cpu_without_tiles.json").read_text())  # kept by ``fasthyper bench``
+    memory = json.loads((RESULTS / "memory.json").read_text())  # so, too: p100 at 100, a step, against recompute
     planner = json.loads((RESULTS / "planner.json").read_text())
     gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
@@ -66,7 +67,7 @@ def main() -> int:
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(entries, ceiling) + without_tiles(plain),
+            "goals": goals_table(entries, ceiling) + without_tiles(plain) + memory_text(memory),
             "planner": planner_table(planner),
             "ablation": ablation_table(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
@@ -259,15 +260,7 @@ def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
         times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (ours, peer["median"] / asked, floor))
         lines.append(f"| {what} `{workload}` at {past} | {asked}× | {peer['ratio']:.1f}× | {times} |")
     rate = f"{1e-9 * product['ours']:.0f} and {1e-9 * product['torch']:.0f} GFLOP/s"
-    (memory,) = (entry["memory"] for entry in entries if "memory" in entry)
-    ours, theirs = (1e-6 * sum(memory[side].values()) for side in ("fasthyper", PEER))
-    lines += [
-        "",
-        f"Best float32 products of the kernels and of torch in that run: {rate}.",
-        "Memory of a step of `p100` at 100, with what a snapshot, moments and kept scratch take: "
-        f"{ours:.0f} MB, {PEER}'s {theirs:.0f} MB,",
-        f"{theirs / ours:.1f} times as much (asked: 10).",
-    ]
+    lines += ["", f"Best float32 products of the kernels and of torch in that run: {rate}."]
     return "\n".join([*lines, ""])
 
 
@@ -300,16 +293,24 @@ def without_tiles(plain: dict[str, Any]) -> str:
         for row in plain["rows"]
         if (row["what"], row["workload"], row["past"]) == (what, workload, past)
     ]
-    (row,) = (row for row in plain["rows"] if "recompute" in row["peers"])
-    recompute, theirs = row["peers"]["recompute"], row["peers"][PEER]
-    ours, less, most = (1e-6 * sum(side["memory"].values()) for side in (row, recompute, theirs))
     return (
         f"Without tile units, on {machine['machine']}, commit {machine['commit']}, {machine['date']}:\n"
         f"{', '.join(ratios)}.\n"
-        f"Memory of a step of `{row['workload']}` at {row['past']} there: {ours:.0f} MB; "
-        f"{less:.0f} MB with `memory_budget=0`, which takes {recompute['ratio']:.2f} times as\nlong; "
-        f"{PEER}'s {most:.0f} MB, "
-        f"{most / ours:.1f} and {most / less:.1f} times as much (asked: 10).\n"
+    )
+
+
+def memory_text(found: dict[str, Any]) -> str:
+    """What a step holds, ours and the peer's."""
+    (row,), machine = found["rows"], found["environment"]
+    recompute, theirs = row["peers"]["recompute"], row["peers"][PEER]
+    of_what = "with what a snapshot, moments and kept scratch take"
+    ours, less, most = (1e-6 * sum(side["memory"].values()) for side in (row, recompute, theirs))
+    return (
+        f"\nMemory of a {row['what']} of `{row['workload']}` at {row['past']}, {of_what}:\n"
+        f"{ours:.0f} MB; {less:.0f} MB with `memory_budget=0`, "
+        f"which takes {recompute['ratio']:.2f} times as long; {PEER}'s {most:.0f} MB,\n"
+        f"{most / ours:.1f} and {most / less:.1f} times as much (asked: 10); on {machine['machine']},\n"
+        f"commit {machine['commit']}, {machine['date']}.\n"
     )
 
 
