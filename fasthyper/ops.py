@@ -308,7 +308,8 @@ def hypernet_drift(
         plan:        ``[B, 7]`` int64 on the CPU, rectangles of real weights, from ``planner.drift_plan``.
         activation:  code of an ``activations.Activation``.
         weight:      ``[T]`` weight of each task; ``None`` means 1/T each.
-        gram0:       ``[B, H+1, H+1]`` float64, ``reference.gram0`` for this weight and plan, to spare its computation.
+        gram0:       ``[B, H+1, H+1]`` float64, ``reference.gram0`` for this weight and plan, to spare its computation;
+                     behind it, end to end, there may be ``reference.basis_gram0`` for this plan.
         precision:   as in ``output_drift``.
 
     Returns:
@@ -698,7 +699,7 @@ def _check_hypernet_drift(theta, theta0, embeddings, embeddings0, pre0, plan, we
     if gram0 is None:
         gram0 = embeddings.new_empty((0, width + 1, width + 1), dtype=torch.float64)
     else:
-        _check_shape(op, "gram0", gram0, (plan.shape[0], width + 1, width + 1))
+        _check_shape(op, "gram0", gram0[: plan.shape[0]] if gram0.dim() else gram0, (plan.shape[0], width + 1, width + 1))
         if gram0.dtype != torch.float64 or gram0.device != embeddings.device:
             raise TypeError(f"{op}: gram0 must be float64 on {embeddings.device}, got {gram0.dtype} on {gram0.device}")
     return gram0, _task_weight(op, weight, embeddings)

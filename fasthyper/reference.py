@@ -10,6 +10,7 @@ The ops are not differentiable; the autograd Functions around them are in ``ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,20 @@ def gram0(h0_TNH: Tensor, weight_T: Tensor, plan: Tensor) -> Tensor:
             ha0 = ha0_TNK[tasks, chunk_lo:chunk_hi]
             gram += _tall_product((weight_T[tasks, None, None] * ha0).flatten(0, 1), ha0.flatten(0, 1))
     return grams
+
+
+def column_ranges(plan: Tensor) -> list[tuple[int, int]]:
+    """The columns of all rectangles of a plan, cut where one begins or ends."""
+    cuts = sorted({cut for *_, col_lo, col_hi, _ in plan.tolist() if col_lo < col_hi for cut in (col_lo, col_hi)})
+    return list(pairwise(cuts))
+
+
+def basis_gram0(basis0_SK: Tensor, plan: Tensor) -> Tensor:
+    """V*'V* of each of ``column_ranges``, float64 ``[C, K, K]``: a constant of a task, too."""
+    ranges = [basis0_SK[lo:hi] for lo, hi in column_ranges(plan)]
+    width = basis0_SK.shape[1]
+    grams = [_tall_product(columns, columns) for columns in ranges]
+    return torch.stack(grams) if grams else torch.zeros(0, width, width, dtype=torch.float64, device=basis0_SK.device)
 
 
 def _check_rectangle(*bounds: int) -> None:

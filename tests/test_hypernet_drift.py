@@ -73,13 +73,15 @@ def oracle_value_and_grads(shape, activation, args, weight):
 @all_shapes
 @all_activations
 @pytest.mark.parametrize("form", ["gram", "direct"])
-@pytest.mark.parametrize("given", [False, True], ids=["", "gram0"])
+@pytest.mark.parametrize("given", ["", "gram0", "gram0 of columns, too"])
 def test_hypernet_drift_forward_backward(implementation, shape, activation, form, given, dtype):
     args = arguments(shape, activation, dtype, form=form)
     weight, width = torch.linspace(0.5, 2, shape[0], dtype=dtype), args["theta"][-1].shape[1]
     gram0 = torch.empty(0, width, width, dtype=torch.float64)
     if given:
         gram0 = reference.gram0(run_trunk(args["theta0"], args["embeddings0"], activation).features, weight, args["plan"])
+    if "columns" in given:
+        gram0 = torch.cat([gram0, reference.basis_gram0(args["theta0"][-1], args["plan"])])
     value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw_arguments(args, weight, gram0))
     want_value, want_grads = oracle_value_and_grads(shape, activation, args, weight)
     assert value.dtype == dtype and value >= 0

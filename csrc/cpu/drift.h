@@ -88,7 +88,8 @@ FASTHYPER_VECTOR_CLONES double weigh_residual(int64_t size, scalar_t w, const sc
 template <typename scalar_t>
 class Drift {
  public:
-  // gram0: [B, K, K] float64, H*'WH* of each rectangle, or empty: then it is computed. parts: see tile_parts
+  // gram0: [B, K, K] float64, H*'WH* of each rectangle, or empty: then it is computed; behind them there may be V*'V* of
+  // each range of columns between cuts. parts: see tile_parts
   Drift(const Tensor& basis, const Tensor& basis0, const Tensor& weight, const Tensor& gram0, const Tensor& plan,
         int64_t num_tasks, int64_t num_chunks, const Tensor& grad_basis, int64_t parts)
       : basis_tensor_(basis),
@@ -103,13 +104,16 @@ class Drift {
         weight_(const_data<scalar_t>(weight)),
         gram0_(gram0.size(0) > 0 ? const_data<double>(gram0) : nullptr),
         rectangles_(read_plan(plan, num_tasks, num_chunks, basis.size(0))),
+        all_cuts_(cuts_of(true)),
         row_grams_(rectangles_.size()) {
-    std::vector<int64_t> cuts;
-    for (const Rectangle& r : rectangles_)
-      if (!r.direct && r.num_cols() > 0) cuts.insert(cuts.end(), {r.col_lo, r.col_hi});
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    const std::vector<int64_t> cuts = cuts_of(false);
     for (size_t i = 0; i + 1 < cuts.size(); ++i) segments_.push_back({cuts[i], cuts[i + 1], Memory()});
+    const int64_t num_ranges = std::max<int64_t>(1, all_cuts_.size()) - 1, num_rectangles = rectangles_.size();
+    const int64_t num_known = gram0.size(0) - num_rectangles;
+    if (!gram0_ || num_known == 0) return;
+    FASTHYPER_CHECK(num_known == num_ranges, "hypernet_drift: gram0 holds ", gram0.size(0), " matrices, neither ",
+                    num_rectangles, " of rectangles nor these and ", num_ranges, " of columns");
+    basis_gram0_ = gram0_ + num_rectangles * (width_ + 1) * (width_ + 1);
   }
 
   // What one thread of the row pass needs; tile: the most rows at a time.
@@ -195,7 +199,7 @@ class Drift {
     for (size_t b = 0; b < rectangles_.size(); ++b) {
       std::vector<const double*> sums;
       for (Worker* worker : workers) sums.push_back(worker->grams[b].sum());
-      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams_[b]);
+      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams_[b], [](double*) {});
     }
     has_row_grams_ = true;
   }
@@ -241,13 +245,24 @@ class Drift {
     Memory gram;  // Y'Y, [M, M] float64
   };
   struct ColumnWorker {
-    explicit ColumnWorker(const Drift& drift) : gram(drift.parts_, drift.width_, drift.width_ + 1, false) {}
+    explicit ColumnWorker(const Drift& drift)
+        : gram(drift.parts_, drift.width_, drift.width_ + 1, false, drift.basis_gram0_ != nullptr) {}
 
     Workspace space;
     GramSum<scalar_t> gram;
   };
 
   static bool covers(const Rectangle& r, const Segment& s) { return r.col_lo <= s.lo && s.hi <= r.col_hi; }
+
+  // Where rectangles begin or end among the columns
+  std::vector<int64_t> cuts_of(bool with_direct) const {
+    std::vector<int64_t> cuts;
+    for (const Rectangle& r : rectangles_)
+      if ((with_direct || !r.direct) && r.num_cols() > 0) cuts.insert(cuts.end(), {r.col_lo, r.col_hi});
+    std::sort(cuts.begin(), cuts.end());
+    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    return cuts;
+  }
 
   // One read of a segment's columns, for Y'Y, for the basis's gradient, or for both
   void pass_columns(Segment& s, bool with_gram) {
@@ -266,7 +281,25 @@ class Drift {
     for_each(workers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); });
     std::vector<const double*> sums;
     for (const ColumnWorker& worker : workers) sums.push_back(worker.gram.sum());
-    total(sums, nullptr, s.gram);
+    total(sums, nullptr, s.gram, [&](double* gram) {
+      if (basis_gram0_) set_known(s, gram);
+    });
+  }
+
+  // V'V of a segment by what is known: with C = V'dV it is V*'V* + C + C' - dV'dV
+  void set_known(const Segment& s, double* gram) const {
+    const int64_t first = std::lower_bound(all_cuts_.begin(), all_cuts_.end(), s.lo) - all_cuts_.begin();
+    const int64_t last = std::lower_bound(all_cuts_.begin(), all_cuts_.end(), s.hi) - all_cuts_.begin();
+    for_gram_rows([&](int64_t i) {
+      if (i >= width_) return;
+      double* to = gram + i * full_;
+      for (int64_t j = i; j < width_; ++j)
+        to[j] = to[width_ + j] + gram[j * full_ + width_ + i] - gram[(width_ + i) * full_ + width_ + j];
+      for (int64_t range = first; range < last; ++range) {
+        const double* known = basis_gram0_ + (range * (width_ + 1) + i) * (width_ + 1);
+        for (int64_t j = i; j < width_; ++j) to[j] += known[j];
+      }
+    });
   }
 
   // 2 X'W [H | 1] = 2 (X'W [H* | 1] + X'W [dH | 0]) of all rows that a segment's columns meet
@@ -303,9 +336,10 @@ class Drift {
     }
   }
 
-  // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole. Of some it
-  // may be null; of all, then nothing is made.
-  void total(const std::vector<const double*>& sums, const double* gram0, Memory& memory) const {
+  // The sum of the workers' sums, which hold what is not below the diagonal, and of gram0 in its corner; whole, once
+  // finish(sum) has run. Of some it may be null; of all, then nothing is made.
+  template <typename Finish>
+  void total(const std::vector<const double*>& sums, const double* gram0, Memory& memory, const Finish& finish) const {
     if (std::all_of(sums.begin(), sums.end(), [](const double* sum) { return sum == nullptr; })) return;
     double* gram = memory.get<double>(full_ * full_);
     for_gram_rows([&](int64_t i) {
@@ -324,6 +358,7 @@ class Drift {
         is_set = true;
       }
     });
+    finish(gram);
     constexpr int64_t kBlock = 32;  // both sides of the diagonal stay in cache
     torch::stable::parallel_for(0, (full_ + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t lo = begin * kBlock; lo < std::min(full_, end * kBlock); lo += kBlock)
@@ -543,7 +578,9 @@ class Drift {
   const int64_t num_chunks_, num_rows_, width_, full_, parts_;
   const scalar_t *basis_, *basis0_, *weight_;
   const double* gram0_;
+  const double* basis_gram0_ = nullptr;  // V*'V* of each range between all cuts, where it is given
   const std::vector<Rectangle> rectangles_;
+  const std::vector<int64_t> all_cuts_;
   std::vector<Segment> segments_;
   std::vector<Memory> row_grams_;  // X'WX of each rectangle, float64; empty where no worker met it, or where it is direct
   bool has_row_grams_ = false, has_grad_ = false;

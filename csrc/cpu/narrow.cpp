@@ -121,12 +121,12 @@ void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int
 }
 
 // Whole vectors of columns, block row by block row from the diagonal on; the few columns behind them as rows
-void gram_tile(const float* x, int64_t length, int64_t width, bool adds, Ahead& ahead, double* sum) {
+void gram_tile(const float* x, int64_t length, int64_t width, int64_t known, bool adds, Ahead& ahead, double* sum) {
   int64_t vectors = width / 16, rest = width % 16;
   if (rest > kRest) ++vectors, rest = 0;
   const int64_t height = width - rest;
   for (int64_t row = 0; row < height;) {
-    const int64_t from = row / 16, rows = vectors - from == 4 ? 4 : 8;
+    const int64_t from = std::max(row, row < known ? known : 0) / 16, rows = vectors - from == 4 ? 4 : 8;
     const auto run = vectors - from == 4   ? gram_block<4, 4>
                      : vectors - from == 3 ? gram_block<8, 3>
                      : vectors - from == 2 ? gram_block<8, 2>
@@ -183,14 +183,14 @@ bool available() {
   return is_available;
 }
 
-void gram(const Rows& x, bool adds, double* sum, const Product& product) {
+void gram(const Rows& x, int64_t known, bool adds, double* sum, const Product& product) {
   alignas(64) float tile[kTile * kWidest] = {};
   const int64_t width = x.first_cols + x.second_cols;
   for (int64_t start = 0; start < x.num_rows; start += kTile, adds = true) {
     const int64_t length = std::min(kTile, x.num_rows - start);
     write(x, start, length, tile);
     Ahead ahead(x, start + length);
-    gram_tile(tile, length, width, adds, ahead, sum);
+    gram_tile(tile, length, width, known, adds, ahead, sum);
     if (product.right) product_tile(tile, start, length, width, product, ahead);
   }
 }
@@ -212,7 +212,7 @@ void multiply(const Rows& x, const Product& product) {
 namespace fasthyper::narrow {
 
 bool available() { return false; }
-void gram(const Rows&, bool, double*, const Product&) {}
+void gram(const Rows&, int64_t, bool, double*, const Product&) {}
 void multiply(const Rows&, const Product&) {}
 
 }  // namespace fasthyper::narrow

@@ -26,8 +26,9 @@ struct Product {
 bool available();
 
 // sum [width, width] += X'X in float64, of it what is not below the diagonal, and some of what is; adds: otherwise it is
-// set. Also the product, unless its right factor is null: rows are read once for both.
-void gram(const Rows& x, bool adds, double* sum, const Product& product);
+// set. Of the first ``known`` columns among each other anything. Also the product, unless its right factor is null: rows are
+// read once for both.
+void gram(const Rows& x, int64_t known, bool adds, double* sum, const Product& product);
 
 void multiply(const Rows& x, const Product& product);
 

@@ -266,8 +266,13 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 template <typename scalar_t>
 class GramSum {
  public:
-  GramSum(int64_t parts, int64_t first_cols, int64_t second_cols, bool only_first)
-      : parts_(parts), first_(first_cols), width_(first_cols + second_cols), height_(only_first ? first_cols : width_) {}
+  // known: of the first columns among each other nothing need be made
+  GramSum(int64_t parts, int64_t first_cols, int64_t second_cols, bool only_first, bool known = false)
+      : parts_(parts),
+        first_(first_cols),
+        width_(first_cols + second_cols),
+        height_(only_first ? first_cols : width_),
+        known_(known ? first_cols : 0) {}
 
   // weight of each row; null: 1
   void add(Pair<scalar_t> x, const scalar_t* weight, Workspace& space) {
@@ -284,7 +289,8 @@ class GramSum {
 
   // Also out = X right, unless right is null
   void add_narrow(Pair<float> x, const float* right, Matrix<float> out) {
-    narrow::gram(as_rows(x), is_set_, gram_.get<double>(width_ * width_), {right, out.num_cols, out.data, out.row_stride});
+    double* sum = gram_.get<double>(width_ * width_);
+    narrow::gram(as_rows(x), known_, is_set_, sum, {right, out.num_cols, out.data, out.row_stride});
     is_set_ = true;
   }
 
@@ -357,16 +363,22 @@ class GramSum {
       for (int64_t i = 0; i < x.num_rows; ++i) scale(height_, weight[i], x.data + i * x.row_stride, weighed + i * height_);
       left = dense<const scalar_t>(weighed, x.num_rows, height_);
     }
-    const int64_t num_blocks = std::max<int64_t>(1, height_ / kAtenBlock);
+    if (known_) aten_block(left, x, 0, known_, known_, space);
+    const int64_t height = height_ - known_, num_blocks = std::max<int64_t>(1, height / kAtenBlock);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t start = height_ * block / num_blocks, stop = height_ * (block + 1) / num_blocks;
-      const Matrix<scalar_t> product =
-          dense(space.product.get<scalar_t>((stop - start) * (width_ - start)), stop - start, width_ - start);
-      mm_out(as_tensor(product), as_tensor(left.cols(start, stop - start).transposed()),
-             as_tensor(x.cols(start, width_ - start)));
-      put(stop - start, width_ - start, product.data, product.row_stride, start, start);
+      const int64_t start = known_ + height * block / num_blocks, stop = known_ + height * (block + 1) / num_blocks;
+      aten_block(left, x, start, stop, start, space);
     }
     is_set_ = true;
+  }
+
+  // Rows [start, stop), from column ``col`` on
+  void aten_block(Matrix<const scalar_t> left, Matrix<const scalar_t> x, int64_t start, int64_t stop, int64_t col,
+                  Workspace& space) {
+    const int64_t height = stop - start, width = width_ - col;
+    const Matrix<scalar_t> product = dense(space.product.get<scalar_t>(height * width), height, width);
+    mm_out(as_tensor(product), as_tensor(left.cols(start, height).transposed()), as_tensor(x.cols(col, width)));
+    put(height, width, product.data, product.row_stride, start, col);
   }
 
   void put(int64_t num_rows, int64_t num_cols, const scalar_t* block, int64_t stride, int64_t row, int64_t col) {
@@ -385,7 +397,7 @@ class GramSum {
     return {shifted, std::min(tiles::kSide, width_ - shifted)};
   }
 
-  int64_t parts_, first_, width_, height_;
+  int64_t parts_, first_, width_, height_, known_;
   Memory gram_, right_;
   bool is_set_ = false;
   int64_t filled_ = 0;  // rows, padded

@@ -124,7 +124,10 @@ def drift_work(shapes: Shapes, past: int) -> Work:
         else:
             macs += num_rows * (width * (width + 1) // 2 + width * (width + 1) + full * width)
     macs += sum(count * (2 * size + 1) * (3 * size + 1) for *_, count, size in runs)
-    macs += _covered(gram_columns) * (full * (full + 1) // 2 + full * (width + 1))
+    of_column = full * (full + 1) // 2 + full * (width + 1)
+    if shapes.hidden:  # of V'V all is known but what has changed
+        of_column -= width * (width + 1) // 2
+    macs += _covered(gram_columns) * of_column
     reads = 2 if shapes.hidden and gram_columns and ROWS_KEPT * rows > shapes.chunk_size else 1
     return Work(macs, FLOAT * (2 * reads + 1) * shapes.chunk_size * (width + 1) + kept(shapes, past))
 

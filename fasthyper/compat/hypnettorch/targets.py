@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper import reference
 from fasthyper.compat.hypnettorch.network import Network
 from fasthyper.compat.hypnettorch.terms import Held, plan_of_all
 from fasthyper.planner import default_budget, stored_bytes
-from fasthyper.reference import gram0
 from fasthyper.trunk import run_trunk
 
 
@@ -71,7 +71,8 @@ class Targets(Sequence[list[Tensor]]):
             self._plan = held.plan(self.network, range(len(self))) if held else plan_of_all(self.network, len(self))
         if self._holds_features and self._gram0 is None and weight is None:
             h0 = self.network.features(self.theta, self.embeddings)
-            self._gram0 = gram0(h0, h0.new_full((len(self),), 1 / len(self)), self._plan)
+            of_rows = reference.gram0(h0, h0.new_full((len(self),), 1 / len(self)), self._plan)
+            self._gram0 = torch.cat([of_rows, reference.basis_gram0(self.theta[-1], self._plan)])
         return self._plan, self.pre(), None if weight is not None else self._gram0
 
     @torch.no_grad()
