@@ -273,7 +273,7 @@ def multiply_adds(shapes, past, form):
         yield from range(full * width)  # WX (Y'V_H)
     for _ in range(shapes.chunk_size):
         for i in range(full):
-            yield from range(i, full)  # Y'Y
+            yield from range(max(i, width) if shapes.hidden else i, full)  # Y'Y, of it V'V is known where there is a trunk
         yield from range(full * (width + 1))  # Y (X'W [H | 1])
 
 
