@@ -318,7 +318,7 @@ def hypernet_drift(
     Raises:
         ValueError: shapes disagree, or unknown ``precision``.
         TypeError: dtypes differ, or are other than float32 and float64.
-        RuntimeError: a rectangle leaves the grid.
+        RuntimeError: a rectangle leaves the grid, or gram0 holds another number of matrices.
 
     The drift of the features is exact to rounding however small the step. Second derivatives raise.
     """

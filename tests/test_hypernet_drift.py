@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TOL
 
+import fasthyper as fh
 from fasthyper import ops, reference
 from fasthyper.activations import ACTIVATIONS
 from fasthyper.layout import Layout
@@ -219,6 +220,14 @@ def test_hypernet_drift_names_what_is_wrong():
     ):
         with pytest.raises(error, match=message):
             ops.hypernet_drift(**{**args, **changed})
+
+
+@pytest.mark.skipif(not fh.backends()["cpu"].startswith("cpp"), reason="other kernels do not read them")
+def test_hypernet_drift_names_how_many_gram_matrices_there_may_be():
+    args, gram0 = arguments(SHAPES["two-layers"], ACTIVATIONS["elu"]), torch.ones(4, 5, 5, dtype=torch.float64)
+    for count in (3, 5):
+        with pytest.raises(RuntimeError, match=f"gram0 holds {count} matrices, neither 2 of rectangles nor these and 2 of"):
+            ops.hypernet_drift(**args, gram0=gram0[:1].expand(count, 5, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
