@@ -88,7 +88,7 @@ def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         numbers = [*(earlier[key][i] for i in kept), *found[key]]
         return [numbers[place] for place in places]
 
-    where = " and ".join(dict.fromkeys([earlier["where"], found["where"]] if kept else [found["where"]]))
+    where = " and ".join(dict.fromkeys([*(earlier["where"].split(" and ") if kept else ()), found["where"]]))
     return found | {key: both(key) for key in PER_SEED} | {"where": where}
 
 

@@ -131,8 +131,10 @@ def test_measured_results_are_gathered_from_finished_runs_of_the_recipes_own_set
     )
     seven, eight = (gather.entry("tiny", [tmp_path / seed]) for seed in "78")
     assert gather.joined(eight, seven) == gather.joined(seven, eight) == gather.joined(entry, seven) == entry
-    elsewhere = gather.joined(seven, eight | {"where": "another machine"})["where"]
-    assert elsewhere == f"{seven['where']} and another machine"
+    elsewhere = gather.joined(seven, eight | {"where": "another machine"})
+    assert elsewhere["where"] == f"{seven['where']} and another machine"
+    nine = eight | {"seeds": [9], "where": "another machine"}
+    assert gather.joined(elsewhere, nine)["where"] == elsewhere["where"]  # each once
     run(replace(recipe, lr=0.5), tmp_path / "other", progress=False, log=lambda line: None)
     with pytest.raises(ValueError, match=r"other: lr is 0.5, in the recipe 0.0005"):
         gather.entry("tiny", [tmp_path / "other"])
