@@ -20,6 +20,7 @@ from fasthyper.activations import BY_CODE
 
 GRAM_TILE = 4096  # rows that are multiplied in float64 at a time
 DIRECT_TILE = 1 << 20  # elements of the residual that the direct form holds at a time
+MOST_KNOWN = 1 << 21  # elements of the basis' Gram matrices, which a task with many heads has many of
 
 
 def output_drift_fwd(
@@ -204,6 +205,14 @@ def basis_gram0(basis0_SK: Tensor, plan: Tensor) -> Tensor:
     width = basis0_SK.shape[1]
     grams = [_tall_product(columns, columns) for columns in ranges]
     return torch.stack(grams) if grams else torch.zeros(0, width, width, dtype=torch.float64, device=basis0_SK.device)
+
+
+def with_basis_gram0(gram0_BKK: Tensor, basis0_SK: Tensor, plan: Tensor) -> Tensor:
+    """``gram0`` and behind it ``basis_gram0``, where kernels read that, those of the CPU, and it takes little memory."""
+    is_little = len(column_ranges(plan)) * basis0_SK.shape[1] ** 2 <= MOST_KNOWN
+    if basis0_SK.device.type != "cpu" or not is_little:
+        return gram0_BKK
+    return torch.cat([gram0_BKK, basis_gram0(basis0_SK, plan)])
 
 
 def _check_rectangle(*bounds: int) -> None:

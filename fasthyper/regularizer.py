@@ -111,10 +111,7 @@ class OutputRegularizer:
                 plan = _some_tasks(self._all, lo, lo + len(some))
                 with torch.autocast(h0.device.type, enabled=False):
                     grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
-        num_ranges = len(reference.column_ranges(self._all))
-        if z.device.type == "cpu" and num_ranges * grams[:1].nbytes <= _BYTES_AT_ONCE:  # kernels of GPUs do not read them
-            grams = torch.cat([grams, reference.basis_gram0(self.theta0[-1], self._all)])
-        return stored, grams
+        return stored, reference.with_basis_gram0(grams, self.theta0[-1], self._all)
 
     def penalty(
         self,

@@ -69,10 +69,11 @@ class Targets(Sequence[list[Tensor]]):
         if self._plan is None or held is not self._plan_for:
             self._plan_for, self._gram0 = held, None
             self._plan = held.plan(self.network, range(len(self))) if held else plan_of_all(self.network, len(self))
-        if self._holds_features and self._gram0 is None and weight is None:
+        may_hold = self._is_ours and (len(self.network.hidden) == 1 or self._num_stored > 0)  # features of all tasks at once
+        if may_hold and self._gram0 is None and weight is None:
             h0 = self.network.features(self.theta, self.embeddings)
             of_rows = reference.gram0(h0, h0.new_full((len(self),), 1 / len(self)), self._plan)
-            self._gram0 = torch.cat([of_rows, reference.basis_gram0(self.theta[-1], self._plan)])
+            self._gram0 = reference.with_basis_gram0(of_rows, self.theta[-1], self._plan)
         return self._plan, self.pre(), None if weight is not None else self._gram0
 
     @torch.no_grad()
@@ -87,14 +88,11 @@ class Targets(Sequence[list[Tensor]]):
     def _num_stored(self) -> int:
         """Of how many layers the pre-activations fit the budget, of a trunk of ours."""
         network, like = self.network, self.theta[0]
-        if not network.activation or network.own_chunks:
-            return 0
         sizes = len(self), network.num_chunks, network.hidden, like.element_size()
-        return len(stored_bytes(*sizes, default_budget(like.device)))
+        return len(stored_bytes(*sizes, default_budget(like.device))) if self._is_ours else 0
 
     @property
-    def _holds_features(self) -> bool:
-        """Whether the features of all tasks may be made at once."""
+    def _is_ours(self) -> bool:
+        """Whether there is a trunk that the kernels know."""
         network = self.network
-        one_layer = len(network.hidden) == 1 and network.activation is not None and not network.own_chunks
-        return one_layer or self._num_stored > 0
+        return bool(network.hidden and network.activation) and not network.own_chunks
