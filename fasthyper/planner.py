@@ -73,7 +73,9 @@ def stored_bytes(num_tasks: int, num_chunks: int, widths: Sequence[int], itemsiz
     return [size for size, total in zip(sizes, accumulate(sizes), strict=True) if total <= budget]
 
 
-def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "auto", *, trunk: bool = True) -> Tensor:
+def drift_plan(
+    layout: Layout, tasks: Sequence[int | Sequence[int]], width: int, form: str = "auto", *, trunk: bool = True
+) -> Tensor:
     """The rectangles of the drift over these past tasks, one int64 row ``PLAN_COLUMNS`` each, on the CPU.
 
     All shared weights take one form: their rectangles meet the same columns, which are passed once for all of them. Each
@@ -81,7 +83,8 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
 
     Args:
         layout: the chunk grid; its shared ranges are held for all ``tasks``, each head for its own task.
-        tasks: past tasks, in the order of the rows of the features; -1 in ``task_hi`` stands for all of them.
+        tasks: past tasks, in the order of the rows of the features; -1 in ``task_hi`` stands for all of them. In place of
+            a task N of them, one for each chunk: the features of that row's chunks are those of these tasks.
         width: H.
         form: ``auto`` picks the cheaper form; ``gram`` or ``direct`` forces one.
         trunk: whether features are made by layers; without, they are pairs of a task's and a chunk's embedding.
@@ -106,11 +109,28 @@ def drift_plan(layout: Layout, tasks: Sequence[int], width: int, form: str = "au
     plan = rows([r for span in layout.shared for r in layout.rectangles(span)], 0, -1, len(tasks))
     if layout.heads:
         for position, task in enumerate(tasks):
-            if task >= len(layout.heads):
-                raise ValueError(f"task {task} has no output head: the target has {len(layout.heads)} of them")
-            for span in layout.heads[task]:
-                plan += rows(layout.rectangles(span), position, position + 1, 1)
+            for rectangles in _heads(layout, task):
+                plan += rows(rectangles, position, position + 1, 1)
     return torch.tensor(plan, dtype=torch.int64).reshape(-1, len(PLAN_COLUMNS))
+
+
+def _heads(layout: Layout, task: int | Sequence[int]) -> list[list[Rectangle]]:
+    """Where the weights of this task's head lie, range by range; of N tasks, of each what lies in its own chunks."""
+    found = []
+    for one in {task} if isinstance(task, int) else sorted(set(task)):
+        if one >= len(layout.heads):
+            raise ValueError(f"task {one} has no output head: the target has {len(layout.heads)} of them")
+        for span in layout.heads[one]:
+            rectangles = layout.rectangles(span)
+            if not isinstance(task, int):
+                rectangles = [
+                    Rectangle(chunk, chunk + 1, r.col_lo, r.col_hi)
+                    for r in rectangles
+                    for chunk in range(r.chunk_lo, r.chunk_hi)
+                    if task[chunk] == one
+                ]
+            found.append(rectangles)
+    return found
 
 
 def _union(rectangles: Sequence[Rectangle]) -> int:

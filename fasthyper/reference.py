@@ -116,8 +116,9 @@ def hypernet_drift_fwd(
 
 
 def pairs(rows_TE: Tensor, rows_NZ: Tensor) -> Tensor:
-    """[e_t, z_n] for all t and n: ``[T, N, E + Z]``."""
-    return torch.cat([rows_TE[:, None].expand(-1, len(rows_NZ), -1), rows_NZ.expand(len(rows_TE), -1, -1)], -1)
+    """[e_t, z_n] for all t and n: ``[T, N, E + Z]``; of ``[T, N, E]``, where each chunk has embeddings of its own, too."""
+    rows_TNE = rows_TE[:, None] if rows_TE.dim() == 2 else rows_TE
+    return torch.cat([rows_TNE.expand(-1, len(rows_NZ), -1), rows_NZ.expand(len(rows_TE), -1, -1)], -1)
 
 
 def linear_drift(dx: Tensor, weight: Tensor, bias: Tensor, x0: Tensor, weight0: Tensor, bias0: Tensor) -> Tensor:

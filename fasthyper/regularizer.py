@@ -113,6 +113,28 @@ class OutputRegularizer:
                     grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
         return stored, reference.with_basis_gram0(grams, self.theta0[-1], self._all)
 
+    def draw(self, count: int, *, per_chunk: bool = False, generator: torch.Generator | None = None) -> Tensor | None:
+        """Past tasks for ``penalty`` to take, drawn uniformly, so that it is an unbiased estimate of that of all.
+
+        Args:
+            count: k, how many of them.
+            per_chunk: whether each chunk has k of its own. That costs the same, but the N draws are independent errors where
+                those of one draw for all chunks are the same: k = 1 does what k = N did (DESIGN, The step). Permutations are
+                dealt out, k to a chunk, so that all tasks are drawn about equally often in one call.
+            generator: on the CPU.
+
+        Returns:
+            int64 ``[k]``, or ``[k, N]``, where the tasks of each chunk are distinct; ``None`` where T is at most k: all.
+        """
+        num_chunks = self.hnet.layout.num_chunks
+        if count >= self.num_past:
+            return None
+        if not per_chunk or num_chunks == 1:
+            return torch.randperm(self.num_past, generator=generator)[:count]
+        hands = self.num_past // count  # of k tasks in one permutation
+        permutations = torch.rand(-(-num_chunks // hands), self.num_past, generator=generator).argsort(1)
+        return permutations[:, : hands * count].reshape(-1, count)[:num_chunks].T.contiguous()
+
     def penalty(
         self,
         theta: Sequence[Tensor] | None = None,
@@ -129,7 +151,8 @@ class OutputRegularizer:
             theta: stands in for ``hnet.theta`` (a looked-ahead one, say), in the same order.
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings; by default those of the snapshot, held fixed.
             tasks: distinct past tasks to take, the mean is over them; ``None`` takes all. An int64 tensor ``[k]`` on the
-                device is taken as it is, unchecked, and read only where tasks have heads.
+                device is taken as it is, unchecked, and read only where tasks have heads. So is ``[k, N]``: of chunk n tasks
+                ``[:, n]`` are taken, as ``draw`` has them.
             scaling: ``[T]`` factor of each past task; ``None`` means 1.
             targets: ``[T, P]``, or one tensor ``[P]`` per past task: weights to hold to in place of the snapshot's, end to
                 end in the order of ``hnet.generate``; not differentiated.
@@ -141,13 +164,17 @@ class OutputRegularizer:
 
         Raises:
             IndexError: not a past task.  ValueError: a task given twice, targets or importance of another
-                shape or in an aligned layout.
+                shape or in an aligned layout, ``[k, N]`` tasks of another N or with scaling, targets or importance.
             TypeError: their dtype is not the hypernetwork's.  RuntimeError: no snapshot, or heads added since.
 
         With ``targets`` or ``importance`` the features of all tasks are made and the cost is that of generating the weights
         (``ops.target_drift``); the weights are not stored, but what is given is read.
         """
         arguments = self._arguments(theta, embeddings, tasks, scaling)
+        if _is_per_chunk(tasks):
+            if targets is not None or importance is not None:
+                raise ValueError("targets and importance are of whole tasks: tasks must be [k], not [k, N]")
+            return self._penalty_of_rows(arguments)
         if targets is None and importance is None:
             if self._affine is not None and embeddings is None:
                 return self._affine.penalty(*self._of_affine(arguments))
@@ -157,8 +184,7 @@ class OutputRegularizer:
         if targets is not None:
             h = self.hnet.features(arguments["embeddings"], theta)
             return ops.target_drift(h, theta[-1], plan, targets=self._rows("targets", targets, tasks), **options)
-        trunk = {key: arguments[key] for key in ("theta", "theta0", "embeddings", "embeddings0", "pre0")}
-        dh, h0 = trunk_drift(**trunk, activation=self.hnet.activation)
+        dh, h0 = self._feature_drift(arguments)
         return ops.target_drift(dh, theta[-1], plan, h0=h0, basis0=self.theta0[-1], **options)
 
     def value_and_grad(
@@ -171,9 +197,16 @@ class OutputRegularizer:
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
 
-        Arguments and errors are those of ``penalty``; with ``tasks``, the gradient of ``embeddings`` is ``[len(tasks), E]``.
+        Arguments and errors are those of ``penalty``; with ``tasks`` ``[k]``, the gradient of ``embeddings`` is ``[k, E]``.
         It is ``None`` where ``embeddings`` are not given: those of the snapshot are held.
         """
+        if _is_per_chunk(tasks):
+            moving = [p.detach().requires_grad_() for p in (self.hnet.theta if theta is None else theta)]
+            given = None if embeddings is None else embeddings.detach().requires_grad_()
+            with torch.enable_grad():
+                value = self.penalty(moving, given, tasks=tasks, scaling=scaling)
+                grads = torch.autograd.grad(value, moving if given is None else [*moving, given])
+            return value.detach(), list(grads[: len(moving)]), None if given is None else grads[-1]
         arguments = self._arguments(theta, embeddings, tasks, scaling)
         if embeddings is not None:
             return ops.hypernet_drift_value_and_grad(**arguments)
@@ -181,6 +214,17 @@ class OutputRegularizer:
             return (*ops.hypernet_drift_value_and_grad(**self._of_held(arguments))[:2], None)
         value, grad = self._affine.value_and_grad(*self._of_affine(arguments))
         return value, [torch.zeros_like(arguments["theta"][0]), grad], None
+
+    def _penalty_of_rows(self, arguments: dict[str, Any]) -> Tensor:
+        """Of k rows, each of whose chunks has a task of its own: so few that their features may be made."""
+        dh, h0 = self._feature_drift(arguments)
+        basis, basis0, precision = arguments["theta"][-1], self.theta0[-1], self.precision
+        return ops.output_drift(dh, basis, h0, basis0, arguments["plan"], precision=precision)
+
+    def _feature_drift(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Drift ``[T, N, H]`` of the features, and what they were."""
+        trunk = {key: arguments[key] for key in ("theta", "theta0", "embeddings", "embeddings0", "pre0")}
+        return trunk_drift(**trunk, activation=self.hnet.activation)
 
     def _of_held(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The same with what stands in for all past tasks, if it is all of them, weighted alike."""
@@ -208,7 +252,14 @@ class OutputRegularizer:
         theta = self.hnet.theta if theta is None else theta
         embeddings = self.embeddings0 if embeddings is None else embeddings
         embeddings0, pre0, plan, gram0 = self.embeddings0, self._pre0, self._all, self._gram0
+        chunks: list[Tensor] = []  # beside its task, what tells a row of stored features
         if isinstance(tasks, Tensor):
+            if _is_per_chunk(tasks):
+                num_chunks = self.hnet.layout.num_chunks
+                if tasks.shape[1] != num_chunks or scaling is not None:
+                    wanted = f"tasks [k, N] need N = {num_chunks} chunks and no scaling"
+                    raise ValueError(f"{wanted}, got {list(tasks.shape)}{' and scaling' * (scaling is not None)}")
+                chunks = [torch.arange(num_chunks, device=embeddings.device)]
             index, tasks = tasks, tasks.tolist() if self.hnet.layout.heads else range(len(tasks))
         elif tasks is not None:
             if len(set(tasks)) != len(tasks):
@@ -217,7 +268,8 @@ class OutputRegularizer:
                 raise IndexError(f"tasks to regularize must be in 0 .. {self.num_past - 1}, got {list(tasks)}")
             index = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device)
         if tasks is not None:
-            embeddings, embeddings0, pre0 = embeddings[index], embeddings0[index], [a[index] for a in pre0]
+            rows = (index, *chunks)
+            embeddings, embeddings0, pre0 = embeddings[index], embeddings0[index], [a[rows] for a in pre0]
             plan, scaling = self._plan(tasks), None if scaling is None else scaling[index]
         return {
             "theta": theta,
@@ -263,9 +315,15 @@ class OutputRegularizer:
             raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
         return given if tasks is None else [given[int(task)] for task in tasks]
 
-    def _plan(self, tasks: Sequence[int]) -> Tensor:
-        tasks = [self._tasks[task] for task in tasks] if self.hnet.layout.heads else tasks  # else only their number counts
+    def _plan(self, tasks: Sequence[int | Sequence[int]]) -> Tensor:
+        if self.hnet.layout.heads:  # else only their number counts
+            of = self._tasks
+            tasks = [of[task] if isinstance(task, int) else [of[one] for one in task] for task in tasks]
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
+
+
+def _is_per_chunk(tasks: Sequence[int] | Tensor | None) -> bool:
+    return isinstance(tasks, Tensor) and tasks.dim() == 2
 
 
 def _pre_activations(z_NZ: Tensor, num_tasks: int, width: int) -> Tensor:

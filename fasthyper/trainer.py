@@ -57,6 +57,7 @@ class Trainer:
         beta: weight of the drift; 0 switches it off.
         lookahead: whether the drift is taken at theta + delta.
         reg_tasks: past tasks sampled for the drift in each step; ``None``: all.
+        reg_per_chunk: whether each chunk has as many sampled for itself, at the same cost; see ``OutputRegularizer.draw``.
         plastic: whether past tasks' embeddings move, with theta's optimizer, to keep their weights in place.
         optimizer: a key of ``OPTIMIZERS``.  optimizer_options: more keyword arguments for it (``weight_decay``, ``betas``,
             ``momentum``, ...).
@@ -109,6 +110,7 @@ class Trainer:
         lr_embedding: float | None = None,
         lookahead: bool = True,
         reg_tasks: int | None = None,
+        reg_per_chunk: bool = False,
         plastic: bool = False,
         optimizer: str = "adam",
         optimizer_options: dict[str, Any] | None = None,
@@ -155,6 +157,7 @@ class Trainer:
             "lr_embedding": lr_embedding,
             "lookahead": lookahead,
             "reg_tasks": reg_tasks,
+            "reg_per_chunk": reg_per_chunk,
             "plastic": plastic,
             "optimizer": optimizer,
             "optimizer_options": dict(optimizer_options or {}),
@@ -170,7 +173,8 @@ class Trainer:
         self.hnet = hnet if device is None else hnet.to(device)
         if graph and self.device.type not in RUNTIMES:
             raise ValueError(f"graph=True needs a CUDA device, the hypernetwork is on {self.device}")
-        self.beta, self.lookahead, self.reg_tasks, self.plastic, self.seed = beta, lookahead, reg_tasks, plastic, seed
+        self.beta, self.lookahead, self.plastic, self.seed = beta, lookahead, plastic, seed
+        self.reg_tasks, self.reg_per_chunk = reg_tasks, reg_per_chunk
         self.out = Path(out) if out is not None and self.ranks.is_first else None
         self.progress, self.loggers = progress and self.ranks.is_first, list(loggers) if self.ranks.is_first else []
         self.loss, self.infer, self.temperature = loss, infer, temperature
@@ -762,15 +766,15 @@ class Trainer:
         return self.regularizer.num_past > 0 and self.beta > 0
 
     def _sampled_tasks(self, now: TaskInTraining) -> Tensor | None:
-        """Held tasks for the drift of the next step, by their place in the snapshot, int64 ``[k]``; ``None``: all."""
+        """Held tasks for the drift of the next step, by their place in the snapshot, as ``draw`` has them; ``None``: all."""
         return self._sample(derived_seed(self.seed, now.record.index, now.steps)) if self._has_drift(now) else None
 
     def _sample(self, seed: int) -> Tensor | None:
-        num_past = self.regularizer.num_past
-        if self.reg_tasks is None or self.reg_tasks >= num_past:
+        if self.reg_tasks is None:
             return None
         generator = torch.Generator().manual_seed(seed)
-        return to_device(torch.randperm(num_past, generator=generator)[: self.reg_tasks], self.device)
+        drawn = self.regularizer.draw(self.reg_tasks, per_chunk=self.reg_per_chunk, generator=generator)
+        return None if drawn is None else to_device(drawn, self.device)
 
     def _past_embeddings(self) -> Tensor:
         """Of all past tasks, as the task begins: the snapshot's, which of several ranks each has only its own of."""

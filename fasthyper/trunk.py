@@ -75,17 +75,20 @@ def trunk_drift(
 ) -> tuple[Tensor, Tensor]:
     """Drift of the features ``[T, N, H]`` since a snapshot, and the features there, without loss of digits (DESIGN E5).
 
-    ``pre0`` is what ``run_trunk`` made of the snapshot for the last layers, the first one excepted; for layers that it lacks
-    it is made again. The drift is differentiable in ``theta`` and ``embeddings``.
+    ``embeddings`` are ``[T, E]``, or ``[T, N, E]`` where each chunk has some of its own. ``pre0`` is what ``run_trunk`` made
+    of the snapshot for the last layers, the first one excepted; for layers that it lacks it is made again. The drift is
+    differentiable in ``theta`` and ``embeddings``.
     """
     (z, *layers, _), (z0, *layers0, _) = theta, theta0
+    if embeddings.dim() == 2:
+        embeddings, embeddings0 = embeddings[:, None], embeddings0[:, None]
     de, dz = embeddings - embeddings0, z - z0
     if not layers:
         return pairs(de, dz), pairs(embeddings0, z0)
-    (we, wz), (we0, wz0) = (w.tensor_split([embeddings.shape[1]], 1) for w in (layers[0], layers0[0]))
+    (we, wz), (we0, wz0) = (w.tensor_split([embeddings.shape[-1]], 1) for w in (layers[0], layers0[0]))
     of_tasks = linear_drift(de, we, layers[1], embeddings0, we0, layers0[1])
-    da = of_tasks[:, None] + F.linear(dz, wz) + F.linear(z0, wz - wz0)
-    dx, x0 = _drift(activation, F.linear(embeddings0, we0, layers0[1])[:, None] + F.linear(z0, wz0), da)
+    da = of_tasks + F.linear(dz, wz) + F.linear(z0, wz - wz0)
+    dx, x0 = _drift(activation, F.linear(embeddings0, we0, layers0[1]) + F.linear(z0, wz0), da)
     lacking = len(layers) // 2 - len(pre0)
     for i in range(1, len(layers) // 2):
         (weight, bias), (weight0, bias0) = layers[2 * i : 2 * i + 2], layers0[2 * i : 2 * i + 2]

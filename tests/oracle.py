@@ -28,6 +28,12 @@ def laid_weights(layout, h: Tensor, basis: Tensor) -> Tensor:
     return flat
 
 
+def chunk_of_weights(layout) -> Tensor:
+    """Number of the chunk ``[P]`` that each weight lies in."""
+    chunks, basis = torch.arange(layout.num_chunks)[:, None], torch.tensor([[1, 0]]).expand(layout.chunk_size, -1)
+    return laid_weights(layout, chunks, basis)
+
+
 def features(theta: Sequence[Tensor], embedding: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Trunk features ``[N, H]`` of one task; theta = chunk embeddings, (weight, bias) of each layer, basis."""
     rows = []

@@ -59,6 +59,12 @@ CASES = {  # the hypernetwork, the trainer's options, the batch, the shape of an
     "sampled": (lambda: make(fh.nets.MLP(6, (5,), 4 * TASKS), TASKS, outputs_per_task=4), {"reg_tasks": 2}, 9, (6,)),
     "plastic": (lambda: make(fh.nets.MLP(6, (5,), 4), TASKS), {"plastic": True, "schedule": "cosine"}, 7, (6,)),
     "plastic, sampled": (lambda: make(fh.nets.MLP(6, (5,), 4), TASKS), {"plastic": True, "reg_tasks": 2}, 7, (6,)),
+    "sampled for each chunk": (
+        lambda: make(fh.nets.MLP(6, (5,), 4 * TASKS), TASKS, outputs_per_task=4),
+        {"reg_tasks": 2, "reg_per_chunk": True, "plastic": True},
+        9,
+        (6,),
+    ),
     "no look-ahead": (lambda: make(fh.nets.MLP(6, (5,), 4), TASKS), {"lookahead": False, "plastic": True}, 10, (6,)),
     "fewer examples than ranks": (lambda: make(fh.nets.MLP(6, (5,), 4), TASKS), {"optimizer": "sgd"}, 2, (6,)),
     "partly generated": (

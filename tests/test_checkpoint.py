@@ -48,6 +48,7 @@ def interrupt_at(trainer, step):
         {},
         {"plastic": True},
         {"reg_tasks": 1, "lookahead": False},
+        {"reg_tasks": 1, "reg_per_chunk": True},
         {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}},
         {"optimizer": "rmsprop"},
         {"schedule": "cosine", "embedding_init": "previous"},

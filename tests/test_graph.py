@@ -66,6 +66,7 @@ def same(a, b):
         {},
         {"layout": "aligned"},
         {"reg_tasks": 1},
+        {"reg_tasks": 1, "reg_per_chunk": True},
         {"plastic": True},
         {"plastic": True, "reg_tasks": 1, "layout": "aligned"},
         {"optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}},

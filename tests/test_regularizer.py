@@ -84,6 +84,125 @@ def test_penalty_over_random_shapes(hidden, chunk_size, num_past, heads, plastic
     assert_same_value_and_gradients(value, slow, [*theta, *(past if plastic else [])], 1e-10)
 
 
+def slow_penalty_of_chunks(hnet, theta, embeddings, tasks):
+    """The same for tasks ``[k, N]``: chunk n of row j is that of task ``tasks[j, n]``, and holds of heads that task's."""
+    layout, activation = hnet.layout, hnet.activation.value
+    chunk_of = oracle.chunk_of_weights(layout)
+    held = torch.stack([oracle.held(layout.num_weights, hnet.target.heads, t) for t in range(len(embeddings))])
+
+    def row(theta, embeddings, j):
+        features = [oracle.features(theta, embeddings[t], activation)[n] for n, t in enumerate(tasks[j].tolist())]
+        return oracle.laid_weights(layout, torch.stack(features), theta[-1])
+
+    total = 0 * sum(p.sum() for p in (*theta, *embeddings))
+    for j in range(len(tasks)):
+        moved = row(theta, embeddings, j) - row(hnet.theta, [e.detach() for e in hnet.task_embeddings], j).detach()
+        total = total + (held[tasks[j][chunk_of], torch.arange(layout.num_weights)] * moved**2).sum() / len(tasks)
+    return total
+
+
+@hypothesis.given(
+    hidden=st.lists(st.integers(1, 6), max_size=3),
+    chunk_size=st.integers(1, 60),
+    num_past=st.integers(2, 6),
+    count=st.integers(1, 5),
+    heads=st.booleans(),
+    plastic=st.booleans(),
+    form=st.sampled_from(["auto", "gram", "direct"]),
+    layout=st.sampled_from(["flat", "aligned"]),
+    budget=st.sampled_from([None, 0]),
+)
+def test_penalty_with_tasks_of_each_chunk(hidden, chunk_size, num_past, count, heads, plastic, form, layout, budget):
+    hnet = fh.ChunkedHypernet(
+        fh.nets.MLP(4, (5,), 12),
+        6,
+        chunk_size=chunk_size,
+        hidden=hidden,
+        task_dim=3,
+        chunk_dim=2,
+        outputs_per_task=2 if heads else None,
+        layout=layout,
+        dtype=torch.float64,
+    )
+    regularizer = fh.OutputRegularizer(hnet, form, memory_budget=budget)
+    regularizer.snapshot(num_past)
+    hypothesis.assume(count < num_past)
+    theta, embeddings = moved(hnet)
+    past = embeddings[:num_past] if plastic else [e.detach() for e in hnet.task_embeddings][:num_past]
+    tasks = torch.stack([torch.randperm(num_past)[:count] for _ in range(hnet.layout.num_chunks)], 1)
+    table = torch.stack(past) if plastic else None
+    leaves = [*theta, *(past if plastic else [])]
+    value, slow = regularizer.penalty(theta, table, tasks=tasks), slow_penalty_of_chunks(hnet, theta, past, tasks)
+    wanted = torch.autograd.grad(slow, leaves, allow_unused=True, materialize_grads=True)
+    of_graph = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    value_too, grads, grad_table = regularizer.value_and_grad(theta, table, tasks=tasks)
+    assert value.item() >= 0 and torch.equal(value.detach(), value_too)
+    assert oracle.relative_error(value_too, slow.detach()) < 1e-10
+    for found in (of_graph, [*grads, *([] if grad_table is None else grad_table)]):
+        for have, want in zip(found, wanted, strict=True):
+            assert oracle.relative_error(have, want) < 1e-10
+
+
+@pytest.mark.parametrize("hidden", [(4, 5), (4,), ()], ids=str)
+def test_tasks_of_each_chunk_make_an_unbiased_estimate(hidden):
+    """Each pair of task and chunk taken once in T draws: their mean is what all tasks give."""
+    hnet = fh.ChunkedHypernet(
+        fh.nets.MLP(4, (5,), 15), 5, chunk_size=9, hidden=hidden, outputs_per_task=3, dtype=torch.float64
+    )
+    regularizer, num_chunks = fh.OutputRegularizer(hnet), hnet.layout.num_chunks
+    regularizer.snapshot(5)
+    theta, _ = moved(hnet)
+    draws = [(torch.arange(num_chunks)[None] * 2 + shift) % 5 for shift in range(5)]
+    found = [regularizer.value_and_grad(theta, tasks=tasks) for tasks in draws]
+    value, grads, _ = regularizer.value_and_grad(theta)
+    assert oracle.relative_error(sum(value for value, _, _ in found) / 5, value) < 1e-12
+    for i, grad in enumerate(grads):
+        assert oracle.relative_error(sum(grads[i] for _, grads, _ in found) / 5, grad) < 1e-12
+
+
+@pytest.mark.parametrize(("num_past", "count"), [(7, 1), (7, 3), (7, 6), (100, 1), (2, 1)])
+def test_tasks_are_drawn_uniformly_and_each_about_as_often(num_past, count):
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), num_past, chunk_size=2, hidden=(4,))
+    regularizer, num_chunks, draws = fh.OutputRegularizer(hnet), hnet.layout.num_chunks, 4000
+    regularizer.snapshot(num_past)
+    generator, seen = torch.Generator().manual_seed(1), torch.zeros(num_chunks, num_past)
+    for _ in range(draws):
+        tasks = regularizer.draw(count, per_chunk=True, generator=generator)
+        assert tasks.shape == (count, num_chunks) and tasks.dtype == torch.int64
+        assert all(len(set(column)) == count for column in tasks.T.tolist())
+        often = tasks.flatten().bincount(minlength=num_past)
+        assert often.max() <= -(-num_chunks // (num_past // count))
+        seen += torch.nn.functional.one_hot(tasks, num_past).sum(0)
+    share = count / num_past  # of the draws, for each chunk and task
+    assert ((seen / draws - share).abs() < 5 * (share * (1 - share) / draws) ** 0.5).all()
+    again = [regularizer.draw(count, per_chunk=True, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again)
+    assert regularizer.draw(num_past, per_chunk=True) is None and regularizer.draw(num_past + 1) is None
+    alike = regularizer.draw(count, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(alike, torch.randperm(num_past, generator=torch.Generator().manual_seed(3))[:count])
+
+
+def test_tasks_of_one_chunk_are_drawn_as_tasks():
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 4, chunk_size=None, hidden=(4,))
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(4)
+    assert regularizer.draw(2, per_chunk=True).shape == (2,)
+
+
+def test_tasks_of_each_chunk_name_what_is_wrong():
+    hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,))
+    regularizer = fh.OutputRegularizer(hnet)
+    regularizer.snapshot(3)
+    tasks, targets = regularizer.draw(1, per_chunk=True), torch.zeros(3, hnet.layout.num_weights)
+    with pytest.raises(ValueError, match=r"tasks \[k, N\] need N = 5 chunks and no scaling, got \[1, 4\]$"):
+        regularizer.penalty(tasks=tasks[:, 1:])
+    with pytest.raises(ValueError, match=r"and no scaling, got \[1, 5\] and scaling$"):
+        regularizer.value_and_grad(tasks=tasks, scaling=torch.ones(3))
+    for given in ("targets", "importance"):
+        with pytest.raises(ValueError, match="targets and importance are of whole tasks"):
+            regularizer.penalty(tasks=tasks, **{given: targets})
+
+
 def test_penalty_at_the_parameters_themselves_and_after_a_new_snapshot():
     hnet = fh.ChunkedHypernet(fh.nets.MLP(4, (5,), 3), 3, chunk_size=9, hidden=(4,), dtype=torch.float64)
     regularizer = fh.OutputRegularizer(hnet)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fasthyper as fh
-from fasthyper.streams.batches import Batches
+from fasthyper.streams.batches import Batches, derived_seed
 
 
 def toy_stream(num_tasks=3, n=90, features=6, classes=4, dtype=torch.float32):
@@ -44,9 +44,15 @@ OPTIMIZERS = {
 }
 
 
+def draw_per_chunk(hnet, num_past, count, task, step):
+    regularizer, generator = fh.OutputRegularizer(hnet), torch.Generator()
+    regularizer.snapshot(num_past)
+    return regularizer.draw(count, per_chunk=True, generator=generator.manual_seed(derived_seed(0, task, step)))
+
+
 def slow_loop(
     hnet, stream, *, lr, beta, steps, batch_size, optimizer="adam", lookahead=True, plastic=False, reg_tasks=None,
-    schedule="constant", embedding_init="normal", forgotten=(),
+    reg_per_chunk=False, schedule="constant", embedding_init="normal", forgotten=(),
 ):  # fmt: skip
     """The update of DESIGN 2.6, from its definition: the look-ahead is a real step of a copied optimizer."""
     optimizer_class, options = OPTIMIZERS[optimizer]
@@ -101,15 +107,18 @@ def slow_loop(
                         a.grad = p.grad.clone()
                     rehearsal.step()
                     rehearsal.zero_grad()
-                tasks = range(len(held))
+                tasks, takes = range(len(held)), torch.ones(len(held), num_weights)  # how often each weight is taken
                 if reg_tasks is not None and reg_tasks < len(held):
-                    generator = torch.Generator().manual_seed(fh.streams.batches.derived_seed(0, task.index, step))
+                    generator = torch.Generator().manual_seed(derived_seed(0, task.index, step))
                     tasks = torch.randperm(len(held), generator=generator)[:reg_tasks].tolist()
+                    if reg_per_chunk:
+                        drawn, tasks = draw_per_chunk(hnet, len(held), reg_tasks, task.index, step), range(len(held))
+                        takes = torch.stack([(drawn == t).sum(0)[oracle.chunk_of_weights(hnet.layout)] for t in tasks])
                 embeddings = ahead[len(theta) :] if plastic else [e.detach() for e in old]
                 for t in tasks:
                     difference = weights_of(ahead[: len(theta)], embeddings[t]) - snapshot[t]
-                    counted = oracle.held(num_weights, hnet.target.heads, held[t])
-                    drift = drift + (counted * difference**2).sum() / len(tasks)
+                    counted = oracle.held(num_weights, hnet.target.heads, held[t]) * takes[t]
+                    drift = drift + (counted * difference**2).sum() / (reg_tasks if reg_per_chunk else len(tasks))
                 (beta * drift).backward()
                 for p, a in zip(moving, ahead, strict=True):
                     p.grad += 0 if a.grad is None else a.grad
@@ -142,6 +151,8 @@ def recorded_losses(trainer, stream, steps, batch_size):
         {"plastic": True, "optimizer": "sgd", "lookahead": False},
         {"reg_tasks": 1},
         {"reg_tasks": 1, "plastic": True},
+        {"reg_tasks": 1, "reg_per_chunk": True},
+        {"reg_tasks": 1, "reg_per_chunk": True, "plastic": True, "layout": "aligned", "heads": True},
         {"schedule": "cosine"},
         {"schedule": "warmup-cosine"},
         {"schedule": "cosine", "optimizer": "adamw", "reg_tasks": 1},

@@ -57,6 +57,7 @@ class Recipe:
     beta: float = 0.1
     lookahead: bool = True
     reg_tasks: int | None = None
+    reg_per_chunk: bool = False
     plastic: bool = False
     embedding_init: str = "normal"
     optimizer: str = "adam"

@@ -50,8 +50,8 @@ Runner = Trainer | HnetTIR | HnetR  # what trains a recipe: all fit, evaluate, s
 
 HNET = ("chunk_size", "hidden", "task_dim", "chunk_dim", "activation", "layout", "init", "embedding_std", "seed")
 TRAINER = (
-    *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "plastic", "embedding_init", "optimizer"),
-    *("loss", "seed", "temperature"),
+    *("lr", "lr_embedding", "schedule", "beta", "lookahead", "reg_tasks", "reg_per_chunk", "plastic", "embedding_init"),
+    *("optimizer", "loss", "seed", "temperature"),
 )
 CHOICES: dict[str, Collection[str]] = {
     "stream": STREAMS,
