@@ -69,7 +69,7 @@ def main() -> int:
             "layouts": layouts_table(layouts),
             "goals": goals_table(entries, ceiling) + without_tiles(plain) + memory_text(memory),
             "planner": planner_table(planner),
-            "ablation": ablation_table(RESULTS / "ablation.json"),
+            "ablation": ablation_tables(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
             "soak": report_soak.text(report_soak.load(RESULTS)),
@@ -314,28 +314,31 @@ def memory_text(found: dict[str, Any]) -> str:
     )
 
 
-def ablation_table(path: Path) -> str:
-    """Mean ± standard error over seeds of what is reached with so many past tasks held in each step."""
+def ablation_tables(path: Path) -> str:
+    """Mean ± standard error over seeds of what is reached with so many past tasks held in each step, recipe by recipe."""
     if not path.exists():
         return "\nIt has not been run yet.\n"
-    ablation = json.loads(path.read_text())
-    runs = ablation["runs"]
-    lines = [
-        "",
-        "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |",
-        f"|{'---|' * 6}",
-    ]
-    whole = statistics.mean(run["seconds"] for run in runs if run["sampled"] is None)
-    for equal, sampled in dict.fromkeys((run["equal"], run["sampled"]) for run in runs):
-        some = [run for run in runs if (run["equal"], run["sampled"]) == (equal, sampled)]
-        steps = "/".join(str(step) for step in dict.fromkeys(run["steps"] for run in some))
-        accuracy = with_error([run["acc"] for run in some])
-        forgetting = with_error([run["forgetting"] for run in some]).removesuffix(" %")
-        seconds = statistics.mean(run["seconds"] for run in some) / whole
-        name = "all past tasks" if sampled is None else f"{sampled} sampled"
-        lines.append(f"| {name} | {equal} | {steps} | {accuracy} | {forgetting} | {seconds:.2f}× |")
-    seeds = sorted({run["seed"] for run in runs})
-    lines += ["", f"`{ablation['recipe']}` cut to {ablation['tasks']} tasks, seeds {', '.join(map(str, seeds))}."]
+    lines = []
+    for recipe, ablation in json.loads(path.read_text()).items():
+        runs = ablation["runs"]
+        seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+        lines += [
+            "",
+            f"`{recipe}` cut to {ablation['tasks']} tasks of {ablation['steps']} steps, seeds {seeds}, CPU time of one thread:",
+            "",
+            "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |",
+            f"|{'---|' * 6}",
+        ]
+        whole = statistics.mean(run["seconds"] for run in runs if run["sampled"] is None)
+        for kind in dict.fromkeys((run["equal"], run["sampled"], run["per_chunk"]) for run in runs):
+            equal, sampled, per_chunk = kind
+            some = [run for run in runs if (run["equal"], run["sampled"], run["per_chunk"]) == kind]
+            steps = "/".join(str(step) for step in dict.fromkeys(run["steps"] for run in some))
+            accuracy = with_error([run["acc"] for run in some])
+            forgetting = with_error([run["forgetting"] for run in some]).removesuffix(" %")
+            seconds = statistics.mean(run["seconds"] for run in some) / whole
+            name = "all past tasks" if sampled is None else f"{sampled} sampled{' for each chunk' * per_chunk}"
+            lines.append(f"| {name} | {equal} | {steps} | {accuracy} | {forgetting} | {seconds:.2f}× |")
     return "\n".join([*lines, ""])
 
 

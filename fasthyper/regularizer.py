@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -174,7 +174,8 @@ class OutputRegularizer:
         if _is_per_chunk(tasks):
             if targets is not None or importance is not None:
                 raise ValueError("targets and importance are of whole tasks: tasks must be [k], not [k, N]")
-            return self._penalty_of_rows(arguments)
+            dh, h0 = self._feature_drift(arguments)
+            return ops.output_drift(dh, arguments["theta"][-1], h0, **self._of_rows(arguments))
         if targets is None and importance is None:
             if self._affine is not None and embeddings is None:
                 return self._affine.penalty(*self._of_affine(arguments))
@@ -197,16 +198,11 @@ class OutputRegularizer:
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """``penalty`` and its gradients without a graph: value, gradients of ``theta``, gradient of ``embeddings``.
 
-        Arguments and errors are those of ``penalty``; with ``tasks`` ``[k]``, the gradient of ``embeddings`` is ``[k, E]``.
-        It is ``None`` where ``embeddings`` are not given: those of the snapshot are held.
+        Arguments and errors are those of ``penalty``; with ``tasks`` ``[k]``, the gradient of ``embeddings`` is ``[k, E]``,
+        else ``[T, E]``; it is ``None`` where ``embeddings`` are not given: those of the snapshot are held.
         """
         if _is_per_chunk(tasks):
-            moving = [p.detach().requires_grad_() for p in (self.hnet.theta if theta is None else theta)]
-            given = None if embeddings is None else embeddings.detach().requires_grad_()
-            with torch.enable_grad():
-                value = self.penalty(moving, given, tasks=tasks, scaling=scaling)
-                grads = torch.autograd.grad(value, moving if given is None else [*moving, given])
-            return value.detach(), list(grads[: len(moving)]), None if given is None else grads[-1]
+            return self._value_and_grad_of_rows(theta, embeddings, tasks, scaling)
         arguments = self._arguments(theta, embeddings, tasks, scaling)
         if embeddings is not None:
             return ops.hypernet_drift_value_and_grad(**arguments)
@@ -215,11 +211,23 @@ class OutputRegularizer:
         value, grad = self._affine.value_and_grad(*self._of_affine(arguments))
         return value, [torch.zeros_like(arguments["theta"][0]), grad], None
 
-    def _penalty_of_rows(self, arguments: dict[str, Any]) -> Tensor:
-        """Of k rows, each of whose chunks has a task of its own: so few that their features may be made."""
-        dh, h0 = self._feature_drift(arguments)
-        basis, basis0, precision = arguments["theta"][-1], self.theta0[-1], self.precision
-        return ops.output_drift(dh, basis, h0, basis0, arguments["plan"], precision=precision)
+    def _value_and_grad_of_rows(
+        self, theta: Sequence[Tensor] | None, embeddings: Tensor | None, tasks: Tensor, scaling: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The same for tasks ``[k, N]``: so few rows that their features are made; gradients of all past embeddings."""
+        *rest, basis = self.hnet.theta if theta is None else theta
+        leaves = [p.detach().requires_grad_() for p in (*rest, *([] if embeddings is None else [embeddings]))]
+        given = None if embeddings is None else leaves[-1]
+        with torch.enable_grad():
+            arguments = self._arguments([*leaves[: len(rest)], basis], given, tasks, scaling)
+            dh, h0 = self._feature_drift(arguments)
+        value, grad_dh, grad_basis = ops.output_drift_value_and_grad(dh, basis, h0, **self._of_rows(arguments))
+        grads = torch.autograd.grad(dh, leaves, grad_dh, allow_unused=True, materialize_grads=True)
+        return value, [*grads[: len(rest)], grad_basis], None if given is None else grads[-1]
+
+    def _of_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What ``ops.output_drift`` takes of those of ``ops.hypernet_drift``, beside features and basis."""
+        return {"basis0": self.theta0[-1], "plan": arguments["plan"], "precision": self.precision}
 
     def _feature_drift(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Drift ``[T, N, H]`` of the features, and what they were."""
@@ -322,7 +330,7 @@ class OutputRegularizer:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
 
 
-def _is_per_chunk(tasks: Sequence[int] | Tensor | None) -> bool:
+def _is_per_chunk(tasks: Sequence[int] | Tensor | None) -> TypeGuard[Tensor]:
     return isinstance(tasks, Tensor) and tasks.dim() == 2
 
 
