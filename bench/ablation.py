@@ -48,18 +48,11 @@ def main() -> int:
         name = f"{args.recipe}-{equal}-{sampled or 'all'}{'-per-chunk' * per_chunk}-{seed}"
         kept = args.runs / f"{name}.json"
         if not kept.exists():
-            settings = {"reg_tasks": sampled, "reg_per_chunk": per_chunk, "seed": seed, "steps": steps}
+            own = dataclasses.replace(recipe, reg_tasks=sampled, reg_per_chunk=per_chunk, seed=seed, steps=steps)
             began = time.process_time()
-            trainer = run(dataclasses.replace(recipe, **settings), args.runs / name, progress=False, log=lambda line: None)
-            seconds, scores = time.process_time() - began, trainer.results.scores()
-            row = {
-                "equal": equal,
-                "sampled": sampled,
-                "per_chunk": per_chunk,
-                "seed": seed,
-                "steps": steps,
-                "seconds": seconds,
-            }
+            trainer = run(own, args.runs / name, progress=False, log=lambda line: None)
+            row = {"equal": equal, "sampled": sampled, "per_chunk": per_chunk, "seed": seed, "steps": steps}
+            row["seconds"], scores = time.process_time() - began, trainer.results.scores()
             kept.write_text(json.dumps(row | {key: scores[key] for key in ("acc", "forgetting", "largest_drop")}))
         rows.append(json.loads(kept.read_text()))
         print(rows[-1], flush=True)

@@ -324,7 +324,7 @@ def ablation_tables(path: Path) -> str:
         seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
         lines += [
             "",
-            f"`{recipe}` cut to {ablation['tasks']} tasks of {ablation['steps']} steps, seeds {seeds}, CPU time of one thread:",
+            f"`{recipe}` cut to {ablation['tasks']} tasks of {ablation['steps']} steps, seeds {seeds}; CPU time:",
             "",
             "| held in each step | equal | steps a task | mean accuracy | forgetting, points | CPU time |",
             f"|{'---|' * 6}",
