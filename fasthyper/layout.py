@@ -182,6 +182,11 @@ def _rectangles(start: int, stop: int, block: Block) -> list[Rectangle]:
     )
 
 
+def by_columns(rectangles: Sequence[Rectangle]) -> list[Rectangle]:
+    """The same cells, no column in two rectangles unless its chunks do not follow each other."""
+    return [Rectangle(*r[2:], *r[:2]) for r in _union([Rectangle(*r[2:], *r[:2]) for r in rectangles])]
+
+
 def _union(rectangles: Sequence[Rectangle]) -> list[Rectangle]:
     """The same cells, chunks that follow each other and have the same columns taken together."""
     cuts = sorted({cut for r in rectangles for cut in (r.chunk_lo, r.chunk_hi)})

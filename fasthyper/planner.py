@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fasthyper.layout import Layout, Rectangle
+from fasthyper.layout import Layout, Rectangle, by_columns
 
 PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi", "direct")
 
@@ -104,7 +104,8 @@ def drift_plan(
         else:
             is_cheaper = direct_macs(cells, width) < gram_macs(num_rows, cols, width)
         is_direct = form == "direct" or (form == "auto" and is_cheaper)
-        return [[task_lo, task_hi, *r, int(is_direct)] for r in rectangles]
+        # Gram matrices add up over chunks; the direct form reads the columns of each rectangle
+        return [[task_lo, task_hi, *r, int(is_direct)] for r in (by_columns(rectangles) if is_direct else rectangles)]
 
     plan = rows([r for span in layout.shared for r in layout.rectangles(span)], 0, -1, len(tasks))
     if layout.heads:

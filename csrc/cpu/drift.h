@@ -134,7 +134,8 @@ class Drift {
     std::vector<scalar_t> weight;          // of the rows, 0 where a row is not picked; or of the picked rows
     Memory x, y, d, ha;
     RightFactor<scalar_t> y_factor, ha_factor;
-    Tensor grad_basis;  // of the direct form; made when first needed
+    Tensor grad_basis;       // of the direct form; made when first needed
+    std::vector<bool> sets;  // whether a rectangle's columns of it are set by that one alone, not added to
     double direct_value = 0;
     bool is_alone;  // nobody else adds to the basis's gradient: that is grad_basis
   };
@@ -161,7 +162,8 @@ class Drift {
   template <typename Item, typename Make, typename Forward, typename At, typename Backward>
   std::vector<Item> pass_rows(const Make& make, const Forward& forward, const At& at, const Backward& backward) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t share = tiles::count((num_rows_ + threads - 1) / threads) * tiles::kSide;  // few rows are shared, too
+    const bool by_columns = segments_.empty() && num_rows_ <= kRowTile;  // threads share columns: one gradient of the basis
+    const int64_t share = by_columns ? num_rows_ : tiles::count((num_rows_ + threads - 1) / threads) * tiles::kSide;
     const bool keeps = !segments_.empty() && kRowsKept * num_rows_ <= basis_tensor_.size(0);
     const int64_t tile = std::min({keeps ? share : kRowTile, share, num_rows_});
     if (!keeps) columns();
@@ -226,7 +228,11 @@ class Drift {
 
   // Reads the columns again where their gradient is not there yet; returns the value.
   double finish(const std::vector<Worker*>& workers) {
-    if (workers.empty() || !workers[0]->grad_basis.defined() || !workers[0]->is_alone) zero_between_segments();
+    if (workers.empty() || !workers[0]->grad_basis.defined() || !workers[0]->is_alone) {
+      std::vector<std::pair<int64_t, int64_t>> set;
+      for (const Segment& s : segments_) set.push_back({s.lo, s.hi});
+      zero_between(set);
+    }
     if (!has_grad_)
       for (Segment& segment : segments_) pass_columns(segment, false);
     double value = 0;
@@ -368,13 +374,15 @@ class Drift {
     });
   }
 
-  void zero_between_segments() const {
+  // Of the basis's gradient all columns but those that begin here and end there, in ascending order
+  template <typename Ranges>
+  void zero_between(const Ranges& ranges) const {
     scalar_t* grad = data<scalar_t>(grad_basis_tensor_);
     const int64_t with_bias = width_ + 1;
     int64_t reached = 0;
-    for (const Segment& s : segments_) {
-      std::fill(grad + reached * with_bias, grad + s.lo * with_bias, scalar_t(0));
-      reached = s.hi;
+    for (const auto& [lo, hi] : ranges) {
+      std::fill(grad + reached * with_bias, grad + lo * with_bias, scalar_t(0));
+      reached = hi;
     }
     std::fill(grad + reached * with_bias, grad + grad_basis_tensor_.numel(), scalar_t(0));
   }
@@ -391,7 +399,7 @@ class Drift {
       const bool most = !r.direct && 4 * count > 3 * x.num_rows;  // then the others get weight 0, and nothing is moved
       if (with_grad && !is_set && !most) std::fill_n(tile.grad, x.num_rows * width_, scalar_t(0));
       if (r.direct) {
-        direct_rows(worker, r, first, gather(worker, x, count), tile.slope, tile.grad);
+        direct_rows(worker, b, first, gather(worker, x, count), tile.slope, tile.grad);
       } else {
         const Pair<scalar_t> picked = most ? x : gather(worker, x, count);
         weigh(worker, first, x.num_rows, count, most);
@@ -430,50 +438,101 @@ class Drift {
     }
   }
 
-  // Picked rows too: tiles of D are made, squared, contracted and dropped
-  void direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
+  // Picked rows too: tiles of D are made, squared, contracted and dropped. Threads share the columns.
+  void direct_rows(Worker& worker, size_t rectangle, int64_t first, Pair<scalar_t> x, const scalar_t* slope,
                    scalar_t* grad) const {
+    if (!worker.grad_basis.defined()) make_grad_basis(worker);
+    const Rectangle& r = rectangles_[rectangle];
     const int64_t with_bias = width_ + 1, count = x.num_rows;
-    const bool sets_all =
-        worker.is_alone && rectangles_.size() == 1 && r.num_cols() == basis_tensor_.size(0) && count <= kFewRows;
-    if (!worker.grad_basis.defined()) {
-      worker.grad_basis =
-          worker.is_alone ? grad_basis_tensor_ : kept_empty(basis_tensor_, {basis_tensor_.size(0), with_bias});
-      if (!sets_all) zero(data<scalar_t>(worker.grad_basis), basis_tensor_.numel());
-    }
+    const bool adds = !worker.sets[rectangle];
     const Matrix<scalar_t> ha = dense(worker.ha.template get<scalar_t>(count * with_bias), count, with_bias);
     for (int64_t i = 0; i < count; ++i) {
       const scalar_t* row = x.first + i * full_;
       for (int64_t j = 0; j < width_; ++j) ha.data[i * with_bias + j] = row[j] + row[width_ + j];
       ha.data[i * with_bias + width_] = 1;
+      worker.weight[i] = task_weight(first + worker.picked[i]);
     }
-    if (count <= kFewRows) return few_direct_rows(worker, r, first, x, ha.data, !sets_all, slope, grad);
+    if (count <= kFewRows)
+      few_direct_rows(worker, r, x, ha.data, adds, slope, grad);
+    else
+      many_direct_rows(worker, r, x, ha, adds, slope, grad);
+  }
+
+  // What one worker adds to, or sets, where a rectangle's columns are in no other one
+  void make_grad_basis(Worker& worker) const {
+    worker.sets.assign(rectangles_.size(), false);
+    if (!worker.is_alone) {
+      worker.grad_basis = kept_empty(basis_tensor_, {basis_tensor_.size(0), width_ + 1});
+      return zero(data<scalar_t>(worker.grad_basis), basis_tensor_.numel());
+    }
+    worker.grad_basis = grad_basis_tensor_;
+    std::vector<size_t> order;
+    for (size_t b = 0; b < rectangles_.size(); ++b) {
+      const Rectangle& r = rectangles_[b];
+      if (r.task_lo < r.task_hi && r.chunk_lo < r.chunk_hi && r.num_cols() > 0) order.push_back(b);
+    }
+    std::sort(order.begin(), order.end(), [&](size_t b, size_t c) { return rectangles_[b].col_lo < rectangles_[c].col_lo; });
+    size_t widest = 0;  // of those before, the one that ends last
+    for (size_t i = 0; i < order.size(); ++i) {
+      const Rectangle &r = rectangles_[order[i]], &before = rectangles_[order[widest]];
+      worker.sets[order[i]] = i == 0 || before.col_hi <= r.col_lo;
+      if (!worker.sets[order[i]]) worker.sets[order[widest]] = false;
+      if (r.col_hi > before.col_hi) widest = i;
+    }
+    std::vector<std::pair<int64_t, int64_t>> set;
+    for (const size_t b : order)
+      if (worker.sets[b]) set.push_back({rectangles_[b].col_lo, rectangles_[b].col_hi});
+    zero_between(set);
+  }
+
+  void many_direct_rows(Worker& worker, const Rectangle& r, Pair<scalar_t> x, Matrix<scalar_t> ha, bool adds,
+                        const scalar_t* slope, scalar_t* grad) const {
+    struct Part {
+      explicit Part(int64_t parts) : y_factor(parts) {}
+      Workspace space;
+      RightFactor<scalar_t> y_factor;
+      Memory y, d, grad;  // the last one of the rows' features, of this part's columns
+      double value = 0;
+    };
+    const int64_t with_bias = width_ + 1, count = x.num_rows, threads = torch::stable::get_num_threads();
+    const int64_t share = std::min(kDirectColumns, (r.num_cols() + threads - 1) / threads);
     worker.ha_factor.pack(ha);
-    for (int64_t lo = r.col_lo; lo < r.col_hi; lo += kDirectColumns) {
-      const int64_t num_cols = std::min(kDirectColumns, r.col_hi - lo);
-      const Matrix<const scalar_t> y = as_matrix(columns_of(lo, num_cols), worker.y);
-      const Matrix<scalar_t> d = dense(worker.d.template get<scalar_t>(count * num_cols), count, num_cols);
-      worker.y_factor.pack(y.transposed());
-      worker.y_factor.multiply_into(as_matrix(x, worker.space.pair), worker.space, d);
-      for (int64_t i = 0; i < count; ++i) {
-        const scalar_t w = task_weight(first + worker.picked[i]);
-        worker.direct_value += weigh_residual<false, scalar_t>(num_cols, w, nullptr, d.data + i * num_cols);
-        worker.weight[i] = 1;  // the residual has it
-      }
-      worker.y_factor.pack(y.cols(0, width_));
-      worker.y_factor.multiply(d, worker.space,
-                               [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                                 add_picked(worker, i, j, m, n, block, stride, slope, grad);
-                               });
-      scalar_t* to_basis = data<scalar_t>(worker.grad_basis) + lo * with_bias;
-      worker.ha_factor.multiply(d.transposed(), worker.space,
-                                [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
-                                  put_block<true>(m, n, block, stride, to_basis + i * with_bias + j, with_bias);
-                                });
+    const auto make = [&] {
+      Part part(parts_);
+      std::fill_n(part.grad.template get<scalar_t>(count * width_), count * width_, scalar_t(0));
+      return part;
+    };
+    const std::vector<Part> parts =
+        for_tiles<Part>(r.num_cols(), share, make, [&](Part& part, int64_t start, int64_t length) {
+          const int64_t lo = r.col_lo + start;
+          const Matrix<const scalar_t> y = as_matrix(columns_of(lo, length), part.y);
+          const Matrix<scalar_t> d = dense(part.d.template get<scalar_t>(count * length), count, length);
+          part.y_factor.pack(y.transposed());
+          part.y_factor.multiply_into(as_matrix(x, part.space.pair), part.space, d);
+          for (int64_t i = 0; i < count; ++i)
+            part.value += weigh_residual<false, scalar_t>(length, worker.weight[i], nullptr, d.data + i * length);
+          part.y_factor.pack(y.cols(0, width_));
+          scalar_t* to_h = part.grad.template data<scalar_t>();
+          part.y_factor.multiply(d, part.space,
+                                 [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                   put_block<true>(m, n, block, stride, to_h + i * width_ + j, width_);
+                                 });
+          scalar_t* to_basis = data<scalar_t>(worker.grad_basis) + lo * with_bias;
+          worker.ha_factor.multiply(d.transposed(), part.space,
+                                    [&](int64_t i, int64_t j, int64_t m, int64_t n, const scalar_t* block, int64_t stride) {
+                                      scalar_t* to = to_basis + i * with_bias + j;
+                                      if (adds) return put_block<true>(m, n, block, stride, to, with_bias);
+                                      put_block<false>(m, n, block, stride, to, with_bias);
+                                    });
+        });
+    std::fill_n(worker.weight.data(), count, scalar_t(1));  // the gradients have it
+    for (const Part& part : parts) {
+      worker.direct_value += part.value;
+      add_picked(worker, 0, 0, count, width_, part.grad.template data<scalar_t>(), width_, slope, grad);
     }
   }
 
-  void few_direct_rows(Worker& worker, const Rectangle& r, int64_t first, Pair<scalar_t> x, const scalar_t* ha, bool adds,
+  void few_direct_rows(Worker& worker, const Rectangle& r, Pair<scalar_t> x, const scalar_t* ha, bool adds,
                        const scalar_t* slope, scalar_t* grad) const {
     const int64_t count = x.num_rows, full = padded_to_lanes(full_), with_bias = width_ + 1;
     const int64_t ha_stride = padded_to_lanes(with_bias), grad_stride = padded_to_lanes(width_);
@@ -482,7 +541,6 @@ class Drift {
     for (int64_t i = 0; i < count; ++i) {
       std::copy_n(x.first + i * full_, full_, rows + i * full);
       std::copy_n(ha + i * with_bias, with_bias, has + i * ha_stride);
-      worker.weight[i] = task_weight(first + worker.picked[i]);
     }
     struct Part {
       Memory scratch, sum;  // the rows' gradients over some columns, and columns; over all, in float64

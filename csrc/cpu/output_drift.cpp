@@ -11,7 +11,8 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
   const int64_t num_tasks = dh.size(0), num_chunks = dh.size(1), width = dh.size(2);
   Tensor value = torch::stable::new_zeros(dh, {});
   Tensor grad_h = torch::stable::new_zeros(dh, dh.sizes());
-  Tensor grad_basis = torch::stable::new_zeros(basis, basis.sizes());
+  Tensor grad_basis = num_tasks > 0 ? kept_empty(basis, {basis.size(0), basis.size(1)})  // all of it is set
+                                    : torch::stable::new_zeros(basis, basis.sizes());
   const Tensor no_gram0 = torch::stable::new_empty(dh, {0, width + 1, width + 1});
   dispatch_floating(dh, "output_drift", [&](auto zero) {
     using scalar_t = decltype(zero);

@@ -45,6 +45,10 @@ std::vector<Worker> for_tiles(int64_t length, int64_t tile, const Make& make, co
   const int64_t num_workers = std::min<int64_t>(num_tiles, torch::stable::get_num_threads());
   std::vector<Worker> workers;
   for (int64_t i = 0; i < num_workers; ++i) workers.push_back(make());
+  if (num_workers == 1) {  // threads are left for what it does
+    for (int64_t t = 0; t < num_tiles; ++t) body(workers[0], t * tile, std::min(tile, length - t * tile));
+    return workers;
+  }
   torch::stable::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
     NoGrad no_grad;
     for (int64_t i = begin; i < end; ++i)
