@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +66,7 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
         "largest_drop": None if again else [scores[seed]["largest_drop"] for seed in seeds],
         "forgetting": None if again else [scores[seed]["forgetting"] for seed in seeds],
         "peak_memory": [runs[seed][0].peak_memory for seed in seeds],
+        "slowdown": None if again else [slowdown(runs[seed][0]) for seed in seeds],
         "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
         "measure": runs[seeds[0]][0].measure,
         "where": f"{threads} thread{'s' if threads > 1 else ''} of {environment['machine'].split(',')[0]}",
@@ -73,7 +75,7 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     }
 
 
-PER_SEED = "seeds", "score", "largest_drop", "forgetting", "peak_memory", "seconds", "environments"
+PER_SEED = "seeds", "score", "largest_drop", "forgetting", "peak_memory", "slowdown", "seconds", "environments"
 
 
 def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     places = sorted(range(len(seeds)), key=seeds.__getitem__)
 
     def both(key: str) -> list[Any] | None:
-        if earlier[key] is None:
+        if earlier.get(key) is None or found[key] is None:
             return None
         numbers = [*(earlier[key][i] for i in kept), *found[key]]
         return [numbers[place] for place in places]
@@ -95,6 +97,13 @@ def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def score(results: Results) -> float:
     """Mean accuracy, or error, over all tasks after the last one."""
     return results.scores()[MEASURES[results.measure].key]
+
+
+def slowdown(results: Results) -> float:
+    """Seconds of a task, the median of the last tenth of them over that of as many from the second on."""
+    seconds = [task.seconds for task in results.tasks]
+    tenth = max(1, len(seconds) // 10)
+    return statistics.median(seconds[-tenth:]) / statistics.median(seconds[1 : 1 + tenth])
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def main() -> int:
             "ablation": ablation_tables(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
+            "slowdown": slowdown_text(),
             "soak": report_soak.text(report_soak.load(RESULTS)),
         },
     }
@@ -217,6 +218,16 @@ def recipes_table() -> str:
     more = f" {missing} more recipes have not been run yet; `fasthyper list` shows all." if missing else ""
     ours = "Settings without a published figure are our own."
     lines += ["", f"Minutes are wall time of training, on a machine that did other work beside. {ours}{more}"]
+    return "\n".join([*lines, ""])
+
+
+def slowdown_text() -> str:
+    """Of long sequences, how much slower the last tasks were than the first ones with a past."""
+    lines = [""]
+    for name, runs in json.loads((RESULTS / "recipes.json").read_text()).items():
+        if runs.get("slowdown") and RECIPES[name].num_tasks >= 100:
+            found = ", ".join(f"{ratio:.2f} (seed {seed})" for seed, ratio in zip(runs["seeds"], runs["slowdown"], strict=True))
+            lines.append(f"`{name}`, {runs['steps'] // RECIPES[name].num_tasks} steps a task, on {runs['where']}: {found}.")
     return "\n".join([*lines, ""])
 
 

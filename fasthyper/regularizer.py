@@ -43,9 +43,10 @@ class OutputRegularizer:
     def __init__(
         self, hnet: ChunkedHypernet, form: str = "auto", *, precision: str = "highest", memory_budget: int | None = None
     ):
-        if precision not in ops.PRECISIONS or (memory_budget or 0) < 0:
-            known = ", ".join(ops.PRECISIONS)
-            raise ValueError(f"precision must be one of {known} and memory_budget not negative, got {precision!r}")
+        if precision not in ops.PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(ops.PRECISIONS)}, got {precision!r}")
+        if memory_budget is not None and memory_budget < 0:
+            raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
         self.hnet = hnet
         self.form, self.precision, self.memory_budget = form, precision, memory_budget
         self.num_past = 0

@@ -116,7 +116,7 @@ def earlier(name: str) -> str:
     return name.replace("theta", "theta0").replace("embeddings", "embeddings0")
 
 
-def output_drift(draw: Draw) -> Call:
+def output_drift(draw: Draw, public=ops.output_drift) -> Call:
     grid, width = (draw(small), draw(tall), draw(tall)), draw(wide)
     step, basis = draw_step(draw), values(draw, grid[2], width + 1)
     tensors = {
@@ -129,8 +129,16 @@ def output_drift(draw: Draw) -> Call:
     if draw(st.booleans()):
         tensors["weight"] = weights(draw, grid[0])
 
-    call = Call(tensors, lambda t: [ops.output_drift(**t)], ("dh", "basis"))
+    def run(t):
+        found = public(**t)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    call = Call(tensors, run, ("dh", "basis") if public is ops.output_drift else ())
     return call._replace(magnitudes=call._replace(tensors=positive_output(tensors)))
+
+
+def output_drift_value_and_grad(draw: Draw) -> Call:
+    return output_drift(draw, ops.output_drift_value_and_grad)
 
 
 def positive_output(tensors: Tensors) -> Tensors:
@@ -354,7 +362,7 @@ def adam_step_(draw: Draw) -> Call:
 
 ADAM_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 CALLS = (
-    *(output_drift, hypernet_drift, hypernet_drift_value_and_grad, target_drift),
+    *(output_drift, output_drift_value_and_grad, hypernet_drift, hypernet_drift_value_and_grad, target_drift),
     *(generate, generate_blocks, hyper_linear, adam_delta, adam_ahead, adam_step_),
 )
 every_op = pytest.mark.parametrize("draw_call", CALLS, ids=lambda call: call.__name__)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasthyper import HnetR, HnetTIR, Trainer
-from fasthyper.metrics import accuracy_interval
+from fasthyper.metrics import Results, TaskRecord, accuracy_interval
 from fasthyper.recipes import RECIPES, differences, evaluate, measured, run, settings, with_error
 from fasthyper.recipes.measured import Measured
 from fasthyper.recipes.run import _beside_the_baseline, build, build_replay
@@ -135,6 +135,10 @@ def test_measured_results_are_gathered_from_finished_runs_of_the_recipes_own_set
     assert elsewhere["where"] == f"{seven['where']} and another machine"
     nine = eight | {"seeds": [9], "where": "another machine"}
     assert gather.joined(elsewhere, nine)["where"] == elsewhere["where"]  # each once
+    older = {key: value for key, value in seven.items() if key != "slowdown"}
+    assert gather.joined(older, eight)["slowdown"] is None and len(entry["slowdown"]) == 2
+    tasks = [TaskRecord(i, "", seconds=float(seconds)) for i, seconds in enumerate([9, 1, 2, 3, *[4] * 23, 6, 7, 5])]
+    assert gather.slowdown(Results(tasks=tasks)) == 6 / 2  # of 30 tasks three, as many from the second on
     run(replace(recipe, lr=0.5), tmp_path / "other", progress=False, log=lambda line: None)
     with pytest.raises(ValueError, match=r"other: lr is 0.5, in the recipe 0.0005"):
         gather.entry("tiny", [tmp_path / "other"])

@@ -369,3 +369,5 @@ def test_regularizer_without_stored_pre_activations(monkeypatch, outputs_per_tas
 def test_regularizer_names_unknown_precision():
     with pytest.raises(ValueError, match="precision must be one of highest, high, medium"):
         fh.OutputRegularizer(None, precision="half")
+    with pytest.raises(ValueError, match="^memory_budget must not be negative, got -1$"):
+        fh.OutputRegularizer(None, memory_budget=-1)
