@@ -66,6 +66,7 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
         "largest_drop": None if again else [scores[seed]["largest_drop"] for seed in seeds],
         "forgetting": None if again else [scores[seed]["forgetting"] for seed in seeds],
         "peak_memory": [runs[seed][0].peak_memory for seed in seeds],
+        "lowest": None if again else [min(runs[seed][0].accuracy[wanted["num_tasks"] - 1].values()) for seed in seeds],
         "slowdown": None if again else [slowdown(runs[seed][0]) for seed in seeds],
         "seconds": [sum(task.seconds for task in runs[seed][0].tasks) for seed in seeds],
         "measure": runs[seeds[0]][0].measure,
@@ -75,7 +76,8 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     }
 
 
-PER_SEED = "seeds", "score", "largest_drop", "forgetting", "peak_memory", "slowdown", "seconds", "environments"
+_OF_A_RUN = "score", "largest_drop", "forgetting", "peak_memory", "lowest", "slowdown", "seconds", "environments"
+PER_SEED = "seeds", *_OF_A_RUN
 
 
 def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -222,12 +222,14 @@ def recipes_table() -> str:
 
 
 def slowdown_text() -> str:
-    """Of long sequences, how much slower the last tasks were than the first ones with a past."""
+    """Of long sequences, how much slower last tasks were than the first ones with a past, and the worst task."""
     lines = [""]
     for name, runs in json.loads((RESULTS / "recipes.json").read_text()).items():
         if runs.get("slowdown") and RECIPES[name].num_tasks >= 100:
-            found = ", ".join(f"{ratio:.2f} (seed {seed})" for seed, ratio in zip(runs["seeds"], runs["slowdown"], strict=True))
-            lines.append(f"`{name}`, {runs['steps'] // RECIPES[name].num_tasks} steps a task, on {runs['where']}: {found}.")
+            ratios = ", ".join(f"{ratio:.2f}" for ratio in runs["slowdown"])
+            seeds = f"seed{'s' if len(runs['seeds']) > 1 else ''} {', '.join(map(str, runs['seeds']))}"
+            lowest = f"no task below {100 * min(runs['lowest']):.2f} % at the end"
+            lines.append(f"`{name}` {ratios}, {lowest} ({seeds}, {runs['where']}).")
     return "\n".join([*lines, ""])
 
 
