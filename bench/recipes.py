@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--of", choices=[*RECIPES], metavar="RECIPE", help="that trains as these runs do")
     parser.add_argument("--add", action="store_true", help="to the seeds that were measured before")
+    parser.add_argument("--disturbed", action="store_true", help="by other work: slowdowns say nothing and are not kept")
     args = parser.parse_args()
     found: dict[str, list[Path]] = defaultdict(list)
     for directory in args.directories:
@@ -120,6 +121,8 @@ def main() -> None:
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name, directories in found.items():
         new = entry(name, directories, again=args.of is not None)
+        if args.disturbed:
+            new["slowdown"] = [None] * len(new["seeds"])
         kept[name] = joined(kept[name], new) if args.add and name in kept else new
     FILE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     for name in found:

@@ -226,10 +226,10 @@ def slowdown_text() -> str:
     lines = [""]
     for name, runs in json.loads((RESULTS / "recipes.json").read_text()).items():
         if runs.get("slowdown") and RECIPES[name].num_tasks >= 100:
-            ratios = ", ".join(f"{ratio:.2f}" for ratio in runs["slowdown"])
-            seeds = f"seed{'s' if len(runs['seeds']) > 1 else ''} {', '.join(map(str, runs['seeds']))}"
-            lowest = f"no task below {100 * min(runs['lowest']):.2f} % at the end"
-            lines.append(f"`{name}` {ratios}, {lowest} ({seeds}, {runs['where']}).")
+            found = zip(runs["seeds"], runs["slowdown"], strict=True)
+            ratios = ", ".join(f"{ratio:.2f} (seed {seed})" for seed, ratio in found if ratio is not None)
+            lowest = f"no task of seeds {', '.join(map(str, runs['seeds']))} below {100 * min(runs['lowest']):.2f} %"
+            lines.append(f"`{name}` {ratios} on {runs['where']}; at the end {lowest}.")
     return "\n".join([*lines, ""])
 
 

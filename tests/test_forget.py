@@ -142,9 +142,9 @@ def test_resumes_bit_for_bit_in_the_middle_of_a_task_after_one_was_forgotten(tmp
 def test_a_task_is_forgotten_and_the_others_are_not(tmp_path):
     stream = fh.streams.permuted_digits(num_tasks=5)
     hnet = fh.ChunkedHypernet(fh.nets.MLP(64, (40,), 10), 5, chunk_size=300, hidden=(25, 25), task_dim=12, chunk_dim=12)
-    trainer = fh.Trainer(hnet, lr=5e-3, beta=1.0, progress=False)
+    trainer = fh.Trainer(hnet, lr=6e-3, beta=1.0, schedule="warmup-cosine", progress=False)  # constant: 1 in 3 roundings fail
     for task in stream[:4]:
-        trainer.fit(task, steps=150, batch_size=64)
+        trainer.fit(task, steps=250, batch_size=64)
     before = trainer.evaluate(stream[:4])
     curve = trainer.forget(1)
     after, scores = trainer.evaluate(stream[:4]), trainer.results.scores()
@@ -155,7 +155,7 @@ def test_a_task_is_forgotten_and_the_others_are_not(tmp_path):
     assert trainer.results.held == [0, 2, 3] and 1 not in found
     trainer.save(tmp_path)
     trainer = fh.Trainer.load(tmp_path, progress=False)
-    trainer.fit(stream[4], steps=150, batch_size=64)  # it does not come back
+    trainer.fit(stream[4], steps=250, batch_size=64)  # it does not come back
     later = trainer.evaluate(stream)
     assert later[1] < 0.25 and later[4] > 0.75 and all(later[t] > before[t] - 0.05 for t in (0, 2, 3))
     assert trainer.evaluate(stream[1], infer=True)[0] < 0.25
