@@ -219,7 +219,7 @@ _ALL = (
     ),
     Recipe(
         name="permuted-mnist-100-gahaalt",
-        about="PermutedMNIST, 100 tasks, 784-300-10, 500 steps of 256, 30 chunks, a smaller hypernetwork than its source's",
+        about="PermutedMNIST, 100 tasks, 784-300-10, 500 steps of 256, 30 chunks, each held for one past task a step",
         source="github.com/gahaalt/continual-learning-with-hypernets (its logs)",
         published="94.31, no task below 90.78",
         num_tasks=100,
