@@ -76,10 +76,6 @@ def entry(name: str, directories: Sequence[Path], again: bool = False) -> dict[s
     }
 
 
-_OF_A_RUN = "score", "largest_drop", "forgetting", "peak_memory", "lowest", "slowdown", "seconds", "environments"
-PER_SEED = "seeds", *_OF_A_RUN
-
-
 def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Both entries of a recipe in one; of a seed that both have, the one found now."""
     kept = [i for i, seed in enumerate(earlier["seeds"]) if seed not in found["seeds"]]
@@ -87,13 +83,13 @@ def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     places = sorted(range(len(seeds)), key=seeds.__getitem__)
 
     def both(key: str) -> list[Any] | None:
-        if earlier.get(key) is None or found[key] is None:
+        if earlier.get(key) is None:
             return None
         numbers = [*(earlier[key][i] for i in kept), *found[key]]
         return [numbers[place] for place in places]
 
     where = " and ".join(dict.fromkeys([*(earlier["where"].split(" and ") if kept else ()), found["where"]]))
-    return found | {key: both(key) for key in PER_SEED} | {"where": where}
+    return found | {key: both(key) for key, of_seeds in found.items() if isinstance(of_seeds, list)} | {"where": where}
 
 
 def score(results: Results) -> float:

@@ -118,15 +118,20 @@ class OutputRegularizer:
         """Past tasks for ``penalty`` to take, drawn uniformly, so that it is an unbiased estimate of that of all.
 
         Args:
-            count: k, how many of them.
-            per_chunk: whether each chunk has k of its own. That costs the same, but the N draws are independent errors where
-                those of one draw for all chunks are the same: k = 1 does what k = N did (DESIGN, The step). Permutations are
-                dealt out, k to a chunk, so that all tasks are drawn about equally often in one call.
+            count: k, how many of them, at least 1.
+            per_chunk: whether each chunk has k of its own. That costs the same, but the errors of N draws average out, where
+                one draw for all chunks makes one error N times over (DESIGN, The step). Permutations are dealt out, k to a
+                chunk, so that all tasks are drawn about equally often in one call.
             generator: on the CPU.
 
         Returns:
             int64 ``[k]``, or ``[k, N]``, where the tasks of each chunk are distinct; ``None`` where T is at most k: all.
+
+        Raises:
+            ValueError: fewer than one.
         """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
         num_chunks = self.hnet.layout.num_chunks
         if count >= self.num_past:
             return None

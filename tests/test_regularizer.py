@@ -47,6 +47,13 @@ def assert_same_value_and_gradients(value, slow_value, leaves, tolerance):
         assert oracle.relative_error(have, want) < tolerance
 
 
+def six_tasks(heads, **options):
+    outputs = 2 if heads else None
+    return fh.ChunkedHypernet(
+        fh.nets.MLP(4, (5,), 12), 6, task_dim=3, chunk_dim=2, outputs_per_task=outputs, dtype=torch.float64, **options
+    )
+
+
 @hypothesis.given(
     hidden=st.lists(st.integers(1, 6), max_size=3),
     chunk_size=st.one_of(st.none(), st.integers(1, 150)),
@@ -60,18 +67,7 @@ def assert_same_value_and_gradients(value, slow_value, leaves, tolerance):
     layout=st.sampled_from(["flat", "aligned"]),
 )
 def test_penalty_over_random_shapes(hidden, chunk_size, num_past, heads, plastic, subset, scaled, activation, form, layout):
-    hnet = fh.ChunkedHypernet(
-        fh.nets.MLP(4, (5,), 12),
-        6,
-        chunk_size=chunk_size,
-        hidden=hidden,
-        task_dim=3,
-        chunk_dim=2,
-        activation=activation,
-        outputs_per_task=2 if heads else None,
-        layout=layout,
-        dtype=torch.float64,
-    )
+    hnet = six_tasks(heads, chunk_size=chunk_size, hidden=hidden, layout=layout, activation=activation)
     regularizer = fh.OutputRegularizer(hnet, form)
     regularizer.snapshot(num_past)
     theta, embeddings = moved(hnet)
@@ -113,17 +109,7 @@ def slow_penalty_of_chunks(hnet, theta, embeddings, tasks):
     budget=st.sampled_from([None, 0]),
 )
 def test_penalty_with_tasks_of_each_chunk(hidden, chunk_size, num_past, count, heads, plastic, form, layout, budget):
-    hnet = fh.ChunkedHypernet(
-        fh.nets.MLP(4, (5,), 12),
-        6,
-        chunk_size=chunk_size,
-        hidden=hidden,
-        task_dim=3,
-        chunk_dim=2,
-        outputs_per_task=2 if heads else None,
-        layout=layout,
-        dtype=torch.float64,
-    )
+    hnet = six_tasks(heads, chunk_size=chunk_size, hidden=hidden, layout=layout)
     regularizer = fh.OutputRegularizer(hnet, form, memory_budget=budget)
     regularizer.snapshot(num_past)
     hypothesis.assume(count < num_past)
@@ -187,6 +173,8 @@ def test_tasks_of_one_chunk_are_drawn_as_tasks():
     regularizer = fh.OutputRegularizer(hnet)
     regularizer.snapshot(4)
     assert regularizer.draw(2, per_chunk=True).shape == (2,)
+    with pytest.raises(ValueError, match="^count must be at least 1, got 0$"):
+        regularizer.draw(0)
 
 
 def test_tasks_of_each_chunk_name_what_is_wrong():
