@@ -25,6 +25,12 @@ def inputs(chunks, chunk_size, width, dtype=torch.float64):
     return h.to(dtype), torch.randn(chunk_size, width + 1, generator=generator, dtype=torch.float64).to(dtype)
 
 
+# over a tile of columns, and each number of vectors a row of the basis has, in blocks of chunks of several sizes
+@hypothesis.example(chunk_size=131, width=15, weights=131 * 13)
+@hypothesis.example(chunk_size=260, width=16, weights=260 * 4 - 7)
+@hypothesis.example(chunk_size=131, width=25, weights=131 * 29 - 50)
+@hypothesis.example(chunk_size=131, width=40, weights=131 * 9)
+@hypothesis.example(chunk_size=131, width=63, weights=131 * 7)
 @hypothesis.given(chunk_size=st.integers(1, 40), width=st.integers(1, 9), weights=st.integers(1, 90))
 def test_generate_forward_backward(implementation, dtype, chunk_size, width, weights):
     h, basis = inputs(-(-weights // chunk_size), chunk_size, width, dtype)

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <optional>
 
-#include "tensor.h"
+#include "memory.h"
 
 namespace fasthyper {
 namespace {
@@ -71,7 +71,7 @@ std::vector<Tensor> ahead(std::vector<Tensor> params, std::vector<Tensor> grads,
   check_steps(params, steps);
   if (whole || settings.weight_decay != 0) make_contiguous(params);
   for (std::vector<Tensor>* list : {&grads, &exp_avgs, &exp_avg_sqs}) make_contiguous(*list);
-  for (const Tensor& param : params) outs.push_back(torch::stable::new_empty(param, param.sizes()));
+  for (const Tensor& param : params) outs.push_back(kept_empty(param, param.sizes()));
   dispatch_floating(params[0], "adam", [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto rule = rules<scalar_t>(steps, settings);

@@ -54,14 +54,14 @@ void give_memory(char* data, size_t bytes) {
   std::free(data);
 }
 
-Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> size) {
+Tensor kept_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
   std::vector<int64_t> strides(size.size(), 1);
   size_t count = 1;
-  for (size_t i = size.size(); i-- > 0;) strides[i] = count, count *= size.begin()[i];
+  for (size_t i = size.size(); i-- > 0;) strides[i] = count, count *= size[i];
   size_t bytes = count * (like.scalar_type() == ScalarType::Double ? 8 : 4);
   char* data = take_memory(&bytes);
-  return torch::stable::from_blob(data, {size.begin(), size.size()}, {strides.data(), strides.size()}, like.device(),
-                                  like.scalar_type(), [bytes](void* p) { give_memory(static_cast<char*>(p), bytes); });
+  return torch::stable::from_blob(data, size, {strides.data(), strides.size()}, like.device(), like.scalar_type(),
+                                  [bytes](void* p) { give_memory(static_cast<char*>(p), bytes); });
 }
 
 }  // namespace fasthyper

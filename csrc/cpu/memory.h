@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
 #include "tensor.h"
 
@@ -48,6 +47,6 @@ class Memory {
 };
 
 // A dense CPU tensor in such memory, of the type of ``like``
-Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> size);
+Tensor kept_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size);
 
 }  // namespace fasthyper

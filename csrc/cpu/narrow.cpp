@@ -1,8 +1,10 @@
 #include "narrow.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -86,24 +88,37 @@ struct Ahead {
   }
 };
 
+// The one loop of all products: adds ``depth`` vectors, ``stride`` apart, each times a factor of each row. Factors of one
+// row lie factor_stride apart, those of the next row_stride on.
+template <int rows, int vectors>
+inline void multiply_block(int64_t depth, const float* factor, int64_t row_stride, int64_t factor_stride,
+                           const float* vector, int64_t stride, Ahead& ahead, __m512 (&acc)[rows][vectors]) {
+  for (int64_t i = 0; i < depth; ++i, factor += factor_stride, vector += stride) {
+    if (i % 2 == 0) ahead.ask();
+    __m512 v[vectors];
+    for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(vector + 16 * z);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const __m512 f = _mm512_set1_ps(factor[r * row_stride]);
+      for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(f, v[z], acc[r][z]);
+    }
+  }
+}
+
+template <int rows, int vectors>
+inline void clear(__m512 (&acc)[rows][vectors]) {
+  for (auto& line : acc)
+    for (auto& a : line) a = _mm512_setzero_ps();
+}
+
 // rows x 16 vectors of X'X, from a row and a vector of columns on; of them num_rows and the columns before num_cols count.
 // Turned, they go to their place above the diagonal.
 template <int rows, int vectors>
 void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int64_t num_rows, int64_t num_cols,
                 int64_t width, bool turned, bool adds, Ahead& ahead, double* sum) {
   __m512 acc[rows][vectors];
-  for (auto& line : acc)
-    for (auto& a : line) a = _mm512_setzero_ps();
-  for (int64_t i = 0; i < length; ++i, x += kWidest) {
-    if (i % 2 == 0) ahead.ask();
-    __m512 v[vectors];
-    for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(x + 16 * (vector + z));
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const __m512 factor = _mm512_set1_ps(x[row + r]);
-      for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(factor, v[z], acc[r][z]);
-    }
-  }
+  clear(acc);
+  multiply_block(length, x + row, 1, kWidest, x + 16 * vector, kWidest, ahead, acc);
   for (int r = 0; r < num_rows; ++r) {
     alignas(64) float line[16 * vectors];
     for (int z = 0; z < vectors; ++z) _mm512_store_ps(line + 16 * z, acc[r][z]);
@@ -139,26 +154,23 @@ void gram_tile(const float* x, int64_t length, int64_t width, int64_t known, boo
                                                                           adds, ahead, sum);
 }
 
+// The columns of out that there are
+template <int rows, int vectors>
+inline void put(const __m512 (&acc)[rows][vectors], int64_t num_cols, float* out, int64_t stride) {
+  for (int z = 0; z < vectors; ++z) {
+    const __mmask16 mask = first(num_cols - 16 * z);
+    if (!mask) break;
+    for (int r = 0; r < rows; ++r) _mm512_mask_storeu_ps(out + r * stride + 16 * z, mask, acc[r][z]);
+  }
+}
+
 template <int rows>
 inline void product_rows(const float* x, const float* right, int64_t depth, int64_t num_cols, Ahead& ahead, float* out,
                          int64_t stride) {
-  __m512 acc[rows][2];
-  for (auto& line : acc) line[0] = line[1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k % 2 == 0) ahead.ask();
-    const __m512 c0 = _mm512_load_ps(right + k * kColumns), c1 = _mm512_load_ps(right + k * kColumns + 16);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const __m512 factor = _mm512_set1_ps(x[r * kWidest + k]);
-      acc[r][0] = _mm512_fmadd_ps(factor, c0, acc[r][0]);
-      acc[r][1] = _mm512_fmadd_ps(factor, c1, acc[r][1]);
-    }
-  }
-  const __mmask16 m0 = first(num_cols), m1 = first(num_cols - 16);
-  for (int r = 0; r < rows; ++r) {
-    _mm512_mask_storeu_ps(out + r * stride, m0, acc[r][0]);
-    if (m1) _mm512_mask_storeu_ps(out + r * stride + 16, m1, acc[r][1]);
-  }
+  __m512 acc[rows][kColumns / 16];
+  clear(acc);
+  multiply_block(depth, x, kWidest, 1, right, kColumns, ahead, acc);
+  put(acc, num_cols, out, stride);
 }
 
 void product_tile(const float* tile, int64_t start, int64_t length, int64_t depth, const Product& product, Ahead& ahead) {
@@ -170,6 +182,56 @@ void product_tile(const float* tile, int64_t start, int64_t length, int64_t dept
   for (; i < length; ++i)
     product_rows<1>(tile + i * kWidest, product.right, depth, product.num_cols, ahead, out + i * product.stride,
                     product.stride);
+}
+
+// A tile's gradient of the basis, ``rows`` of its columns at a time
+template <int rows, int vectors>
+int64_t basis_block(const Chunks& ha, int64_t start, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead,
+                    float* grad_basis) {
+  for (; start + rows <= num_cols; start += rows) {
+    __m512 acc[rows][vectors];
+    clear(acc);
+    multiply_block(ha.num_chunks, grad + start, 1, grad_stride, ha.data, kWidest, ahead, acc);
+    put(acc, ha.width, grad_basis + start * ha.width, ha.width);
+  }
+  return start;
+}
+
+// A tile's part of some chunks' gradient of [h | 1], added to the sum
+template <int rows, int vectors>
+void features_block(const float* tile, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead, double* sum) {
+  __m512 acc[rows][vectors];
+  clear(acc);
+  multiply_block(num_cols, grad, grad_stride, 1, tile, kWidest, ahead, acc);
+  for (int r = 0; r < rows; ++r)
+    for (int z = 0; z < vectors; ++z) {
+      alignas(64) float line[16];
+      _mm512_store_ps(line, acc[r][z]);
+      for (int j = 0; j < 16; ++j) sum[r * kWidest + 16 * z + j] += line[j];
+    }
+}
+
+// Of a block, whose sums are in registers
+constexpr int most_rows(int vectors) { return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6; }
+
+using FeaturesBlock = decltype(&features_block<1, 1>);
+
+template <int vectors, int... rows>
+constexpr std::array<FeaturesBlock, sizeof...(rows)> features_blocks(std::integer_sequence<int, rows...>) {
+  return {features_block<rows + 1, vectors>...};
+}
+
+template <int vectors>
+void back_tile(const Chunks& ha, const float* tile, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead,
+               float* grad_basis, double* grad_ha) {
+  constexpr auto blocks = features_blocks<vectors>(std::make_integer_sequence<int, most_rows(vectors)>());
+  const int64_t shares = (ha.num_chunks + most_rows(vectors) - 1) / most_rows(vectors);  // of equal size, as near as can be
+  for (int64_t i = 0; i < shares; ++i) {
+    const int64_t n = ha.num_chunks * i / shares, count = ha.num_chunks * (i + 1) / shares - n;
+    blocks[count - 1](tile, num_cols, grad + n * grad_stride, grad_stride, ahead, grad_ha + n * kWidest);
+  }
+  const int64_t done = basis_block<vectors == 4 ? 4 : 8, vectors>(ha, 0, num_cols, grad, grad_stride, ahead, grad_basis);
+  basis_block<1, vectors>(ha, done, num_cols, grad, grad_stride, ahead, grad_basis);
 }
 
 }  // namespace
@@ -205,6 +267,20 @@ void multiply(const Rows& x, const Product& product) {
   }
 }
 
+void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const float* grad, int64_t grad_stride,
+                   float* grad_basis, double* grad_ha) {
+  alignas(64) float tile[kTile * kWidest] = {};
+  const Rows all{basis, basis, nullptr, num_cols, ha.width, 0, ha.width};
+  const int64_t vectors = (ha.width + 15) / 16;
+  const auto back = vectors == 1 ? back_tile<1> : vectors == 2 ? back_tile<2> : vectors == 3 ? back_tile<3> : back_tile<4>;
+  for (int64_t start = 0; start < num_cols; start += kTile) {
+    const int64_t length = std::min(kTile, num_cols - start);
+    write(all, start, length, tile);
+    Ahead ahead(all, start + length);
+    back(ha, tile, length, grad + start, grad_stride, ahead, grad_basis + start * ha.width, grad_ha);
+  }
+}
+
 }  // namespace fasthyper::narrow
 
 #else
@@ -214,6 +290,7 @@ namespace fasthyper::narrow {
 bool available() { return false; }
 void gram(const Rows&, int64_t, bool, double*, const Product&) {}
 void multiply(const Rows&, const Product&) {}
+void generate_back(const Chunks&, const float*, int64_t, const float*, int64_t, float*, double*) {}
 
 }  // namespace fasthyper::narrow
 #endif

@@ -32,4 +32,15 @@ void gram(const Rows& x, int64_t known, bool adds, double* sum, const Product& p
 
 void multiply(const Rows& x, const Product& product);
 
+// Rows [h | 1] of chunks, kWidest apart, aligned to a cache line, behind them zeros
+struct Chunks {
+  const float* data;
+  int64_t num_chunks, width;
+};
+
+// From gradients of the chunks' weights in some columns of the basis, rows grad_stride apart: sets these columns' gradient,
+// [num_cols, width] as the basis is, and adds to that of [h | 1], [chunks, kWidest]
+void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const float* grad, int64_t grad_stride,
+                   float* grad_basis, double* grad_ha);
+
 }  // namespace fasthyper::narrow
