@@ -73,7 +73,8 @@ def _bind_cpu(choice: str) -> str:
             stacklevel=2,
         )
         return f"reference (the C++ extension does not load: {error})"
-    return "cpp (bfloat16 tile units)" if ops._has_tile_units(torch.empty(0)) else "cpp"
+    multiplies = {3: " (bfloat16 tile units)", 4: " (AVX-512 products)"}  # csrc/cpu/panels.h; elsewhere torch does
+    return "cpp" + multiplies.get(ops._packed_parts(torch.empty(0)), "")
 
 
 def _bind_cuda(choice: str) -> str:

@@ -43,14 +43,14 @@ LIBRARY.define(
     "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] more_grads, float scale, Tensor(b!)[] exp_avgs,"
     f" Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, {_SETTINGS}, Tensor? healthy=None, Tensor? rate=None) -> ()"
 )
-LIBRARY.define("_has_tile_units(Tensor like) -> bool")
+LIBRARY.define("_packed_parts(Tensor like) -> int")
 
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = (
     *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
     *("hyper_linear_fwd", "hyper_linear_bwd", "adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
-    "has_tile_units",
+    "packed_parts",
 )
 
 
@@ -121,7 +121,7 @@ _adam_delta_fwd = torch.ops.fasthyper._adam_delta_fwd.default
 _adam_delta_bwd = torch.ops.fasthyper._adam_delta_bwd.default
 _adam_ahead = torch.ops.fasthyper._adam_ahead.default
 _adam_step_ = torch.ops.fasthyper._adam_step_.default
-_has_tile_units = torch.ops.fasthyper._has_tile_units.default
+_packed_parts = torch.ops.fasthyper._packed_parts.default
 
 
 class _OutputDrift(torch.autograd.Function):

@@ -427,9 +427,10 @@ def adam_delta_bwd(
     return grad_param, grad_grad
 
 
-def has_tile_units(like: Tensor) -> bool:
-    """Whether the device of ``like`` multiplies float32 in bfloat16 parts, on tile units, and so heeds ``precision``."""
-    return False
+def packed_parts(like: Tensor) -> int:
+    """How the device of ``like`` multiplies float32: 3, in bfloat16 parts on tile units, and so heeds ``precision``; 4, in AVX-512
+    registers; 0, as torch does."""
+    return 0
 
 
 def _bias_corrections(step: Tensor, beta1: float, beta2: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from test_regularizer import float32_errors, random_state
 import fasthyper as fh
 from fasthyper import ops
 
-HAS_TILE_UNITS = ops._has_tile_units(torch.empty(0))
+HAS_TILE_UNITS = ops._packed_parts(torch.empty(0)) == 3
 
 
 @pytest.mark.parametrize("step", [1, 1e-3, 1e-6])
@@ -25,5 +25,6 @@ def test_each_precision_keeps_its_digits(name, step):
     assert 10 * highest["gradient"] < high["gradient"] < medium["gradient"] / 10  # each is what it is called
 
 
-def test_what_is_bound_says_whether_there_are_tile_units():
-    assert ("bfloat16 tile units" in fh.backends()["cpu"]) == HAS_TILE_UNITS
+def test_what_is_bound_says_how_it_multiplies():
+    ways = {0: "cpp", 3: "cpp (bfloat16 tile units)", 4: "cpp (AVX-512 products)"}
+    assert fh.backends()["cpu"] == ways[ops._packed_parts(torch.empty(0))] or not fh.backends()["cpu"].startswith("cpp")

@@ -89,7 +89,7 @@ template <typename scalar_t>
 class Drift {
  public:
   // gram0: [B, K, K] float64, H*'WH* of each rectangle, or empty: then it is computed; behind them there may be V*'V* of
-  // each range of columns between cuts. parts: see tile_parts
+  // each range of columns between cuts. parts: see packed_parts
   Drift(const Tensor& basis, const Tensor& basis0, const Tensor& weight, const Tensor& gram0, const Tensor& plan,
         int64_t num_tasks, int64_t num_chunks, const Tensor& grad_basis, int64_t parts)
       : basis_tensor_(basis),
@@ -163,7 +163,7 @@ class Drift {
   std::vector<Item> pass_rows(const Make& make, const Forward& forward, const At& at, const Backward& backward) {
     const int64_t threads = torch::stable::get_num_threads();
     const bool by_columns = segments_.empty() && num_rows_ <= kRowTile;  // threads share columns: one gradient of the basis
-    const int64_t share = by_columns ? num_rows_ : tiles::count((num_rows_ + threads - 1) / threads) * tiles::kSide;
+    const int64_t share = by_columns ? num_rows_ : panels::count((num_rows_ + threads - 1) / threads) * panels::kSide;
     const bool keeps = !segments_.empty() && kRowsKept * num_rows_ <= basis_tensor_.size(0);
     const int64_t tile = std::min({keeps ? share : kRowTile, share, num_rows_});
     if (!keeps) columns();

@@ -15,7 +15,7 @@ constexpr int64_t kFewest = 4;      // chunks below which a matrix library is as
 
 template <typename scalar_t>
 int64_t parts_for(const Tensor& h) {
-  return h.size(1) < kNarrow || h.size(0) < kFew ? 0 : tile_parts<scalar_t>(3);
+  return h.size(1) < kNarrow || h.size(0) < kFew ? 0 : packed_parts<scalar_t>(3);
 }
 
 // [h | 1]: the bias column of the basis then needs no pass of its own

@@ -361,7 +361,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> hypernet_drift_fwd_cpu(std::vect
   grad_theta.push_back(kept_empty(basis, {basis.size(0), basis.size(1)}));  // all of it is set
   dispatch_floating(embeddings, "hypernet_drift", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const int64_t parts = tile_parts<scalar_t>(precision);
+    const int64_t parts = packed_parts<scalar_t>(precision);
     Drift<scalar_t> drift(theta.back(), theta0.back(), weight, gram0, plan, embeddings.size(0), theta[0].size(0),
                           grad_theta.back(), parts);
     if (theta.size() == 2) {

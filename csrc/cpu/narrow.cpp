@@ -7,20 +7,22 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #pragma GCC target("avx512f")
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include "avx512.h"
+
 namespace fasthyper::narrow {
 namespace {
+
+using avx512::clear;
+using avx512::first;
+using avx512::multiply_block;
 
 constexpr int64_t kTile = 128;   // rows that stay in the first-level cache: as many sums in float32 before one in float64
 constexpr int kRest = 6;         // columns behind whole vectors that are made as rows
 constexpr int kProductRows = 8;  // rows of a block of a product
-
-inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
 
 // One pair; behind it anything
 inline void write_row(const float* first_row, const float* second_row, const float* minus_row, int64_t first_cols,
@@ -87,29 +89,6 @@ struct Ahead {
     at += 64;
   }
 };
-
-// The one loop of all products: adds ``depth`` vectors, ``stride`` apart, each times a factor of each row. Factors of one
-// row lie factor_stride apart, those of the next row_stride on.
-template <int rows, int vectors>
-inline void multiply_block(int64_t depth, const float* factor, int64_t row_stride, int64_t factor_stride,
-                           const float* vector, int64_t stride, Ahead& ahead, __m512 (&acc)[rows][vectors]) {
-  for (int64_t i = 0; i < depth; ++i, factor += factor_stride, vector += stride) {
-    if (i % 2 == 0) ahead.ask();
-    __m512 v[vectors];
-    for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(vector + 16 * z);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const __m512 f = _mm512_set1_ps(factor[r * row_stride]);
-      for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(f, v[z], acc[r][z]);
-    }
-  }
-}
-
-template <int rows, int vectors>
-inline void clear(__m512 (&acc)[rows][vectors]) {
-  for (auto& line : acc)
-    for (auto& a : line) a = _mm512_setzero_ps();
-}
 
 // rows x 16 vectors of X'X, from a row and a vector of columns on; of them num_rows and the columns before num_cols count.
 // Turned, they go to their place above the diagonal.

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
       Tensor x;  // [dH | H* | 1] of a tile
     };
     Drift<scalar_t> drift(basis, basis0, weight, no_gram0, plan, num_tasks, num_chunks, grad_basis,
-                          tile_parts<scalar_t>(precision));
+                          packed_parts<scalar_t>(precision));
     if (num_tasks == 0) return;
     const int64_t full = 2 * width + 1;
     std::vector<Worker> workers = drift.template pass_rows<Worker>(
@@ -43,13 +43,13 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
   return {value, grad_h, grad_basis};
 }
 
-bool has_tile_units_cpu(Tensor) { return tiles::available(); }
+int64_t packed_parts_cpu(Tensor) { return panels::parts_for(3); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasthyper, CPU, m) {
   m.impl("_output_drift_fwd", TORCH_BOX(&output_drift_fwd_cpu));
-  m.impl("_has_tile_units", TORCH_BOX(&has_tile_units_cpu));
+  m.impl("_packed_parts", TORCH_BOX(&packed_parts_cpu));
 }
 
 }  // namespace fasthyper

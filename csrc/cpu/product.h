@@ -1,4 +1,5 @@
-// Matrix products, whole or summed, by the tile units where there are some and by aten elsewhere and in float64.
+// Matrix products, whole or summed, of packed factors where the machine has what multiplies those, by aten elsewhere and in
+// float64.
 //
 // What becomes of a product is said by a function of its blocks: result(i, j, num_rows, num_cols, block, stride) gets what
 // lies at (i, j). A product is then added, weighed or summed in float64 while it is in cache.
@@ -10,8 +11,8 @@
 
 #include "memory.h"
 #include "narrow.h"
+#include "panels.h"
 #include "tensor.h"
-#include "tiles.h"
 
 namespace fasthyper {
 
@@ -66,17 +67,17 @@ Tensor as_tensor(Matrix<T> m) {
   return Tensor(handle);
 }
 
-// Parts that float32 factors are split in on the tile units, of those that are asked for; 0: aten multiplies
+// Parts that factors are packed in, of those that are asked for; 0: aten multiplies
 template <typename scalar_t>
-int64_t tile_parts(int64_t precision) {
+int64_t packed_parts(int64_t precision) {
   FASTHYPER_CHECK(1 <= precision && precision <= 3, "precision must be 1, 2 or 3, got ", precision);
-  return std::is_same_v<scalar_t, float> && tiles::available() ? precision : 0;
+  return std::is_same_v<scalar_t, float> ? panels::parts_for(precision) : 0;
 }
 
 // What a thread needs to multiply
 struct Workspace {
   Memory left, product, pair;
-  alignas(64) float block[tiles::kSide * tiles::kSide];
+  alignas(64) float block[panels::kSide * panels::kSide];
 };
 
 // A block to its place, in the type that is kept there; adds: onto what is there
@@ -130,7 +131,7 @@ class RightFactor {
       if (parts_ == 0) return;
       depth_ = padded(split) + b.num_rows - split;
       const Matrix<const float> rest = b.rows(split, b.num_rows - split);
-      char* to = memory_.get<char>(tiles::count(b.num_cols) * panel());
+      char* to = memory_.get<char>(panels::count(b.num_cols) * panel());
       pack_panels({b.data, b.col_stride, b.row_stride, b.num_cols, split}, to);
       pack_panels({rest.data, rest.col_stride, rest.row_stride, rest.num_cols, rest.num_rows}, to + part_bytes(split));
     }
@@ -141,7 +142,7 @@ class RightFactor {
     b_ = b;
     if constexpr (std::is_same_v<scalar_t, float>) {
       depth_ = b.num_rows;
-      memory_.get<char>(tiles::count(b.num_cols) * panel());
+      memory_.get<char>(panels::count(b.num_cols) * panel());
       pack_panels({b.data, b.col_stride, b.row_stride, b.num_cols, b.num_rows, b.data + plus}, memory_.data<char>());
     }
   }
@@ -150,9 +151,9 @@ class RightFactor {
   void multiply(Matrix<const scalar_t> a, Workspace& space, const Result& result) const {
     if constexpr (std::is_same_v<scalar_t, float>)
       if (parts_)
-        return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
+        return by_panels(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
           const float* from = a.data + start * a.row_stride;
-          tiles::pack_left({from, a.row_stride, a.col_stride, length, depth_}, parts_, left, panel());
+          panels::pack_left({from, a.row_stride, a.col_stride, length, depth_}, parts_, left, panel());
         });
     by_aten(a, space, result);
   }
@@ -166,11 +167,11 @@ class RightFactor {
         return result(0, 0, a.num_rows, b_.num_cols, product, b_.num_cols);
       }
       if (parts_)
-        return by_tiles(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
+        return by_panels(a.num_rows, space, result, [&](int64_t start, int64_t length, char* left) {
           const Pair<float> some = a.rows(start, length);
-          tiles::pack_left({some.first, a.stride, 1, length, a.first_cols}, parts_, left, panel());
-          tiles::pack_left({some.second, a.stride, 1, length, a.second_cols, some.minus, -1}, parts_,
-                           left + part_bytes(a.first_cols), panel());
+          panels::pack_left({some.first, a.stride, 1, length, a.first_cols}, parts_, left, panel());
+          panels::pack_left({some.second, a.stride, 1, length, a.second_cols, some.minus, -1}, parts_,
+                            left + part_bytes(a.first_cols), panel());
         });
     }
     by_aten(as_matrix(a, space.pair), space, result);
@@ -191,10 +192,10 @@ class RightFactor {
   const float* narrow_data() const { return is_narrow_ ? memory_.data<float>() : nullptr; }
 
  private:
-  static int64_t padded(int64_t depth) { return tiles::count(depth) * tiles::kSide; }
-  int64_t part_bytes(int64_t depth) const { return tiles::panel_bytes(depth, parts_); }
+  int64_t padded(int64_t depth) const { return panels::padded(depth, parts_); }
+  int64_t part_bytes(int64_t depth) const { return panels::bytes(depth, parts_); }
   int64_t panel() const { return part_bytes(depth_); }
-  void pack_panels(const tiles::Source& source, char* to) const { tiles::pack_right(source, parts_, to, panel()); }
+  void pack_panels(const panels::Source& source, char* to) const { panels::pack_right(source, parts_, to, panel()); }
 
   void pack_narrow(Matrix<const float> b) {
     is_narrow_ = true;
@@ -207,16 +208,16 @@ class RightFactor {
 
   // One panel of the left factor after the other meets all of the right one, which stays in the second-level cache
   template <typename Result, typename PackLeft>
-  void by_tiles(int64_t num_rows, Workspace& space, const Result& result, const PackLeft& pack_left) const {
-    const tiles::Units units;
+  void by_panels(int64_t num_rows, Workspace& space, const Result& result, const PackLeft& pack_left) const {
+    const panels::Units units(parts_);
     char* left = space.left.get<char>(panel());
-    for (int64_t i = 0; i < num_rows; i += tiles::kSide) {
-      const int64_t m = std::min(tiles::kSide, num_rows - i);
+    for (int64_t i = 0; i < num_rows; i += panels::kSide) {
+      const int64_t m = std::min(panels::kSide, num_rows - i);
       pack_left(i, m, left);
-      for (int64_t j = 0; j < b_.num_cols; j += tiles::kSide) {
-        const int64_t n = std::min(tiles::kSide, b_.num_cols - j);
-        tiles::multiply(left, memory_.data<char>() + j / tiles::kSide * panel(), depth_, parts_, m, n, space.block);
-        result(i, j, m, n, space.block, tiles::kSide);
+      for (int64_t j = 0; j < b_.num_cols; j += panels::kSide) {
+        const int64_t n = std::min(panels::kSide, b_.num_cols - j);
+        panels::multiply(left, memory_.data<char>() + j / panels::kSide * panel(), depth_, parts_, m, n, space.block);
+        result(i, j, m, n, space.block, panels::kSide);
       }
     }
   }
@@ -234,7 +235,7 @@ class RightFactor {
   Memory memory_;
 };
 
-// out = a b, any strides; on tile units where the factors are wide enough to pay for packing them
+// out = a b, any strides; packed where the factors are wide enough to pay for it
 template <typename scalar_t>
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   constexpr int64_t kNarrow = 64, kColumns = 512;
@@ -243,7 +244,7 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   };
   const auto is_dense = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   const bool is_wide = std::min({a.size(0), a.size(1), b.size(1)}) >= kNarrow;
-  const int64_t parts = is_wide && is_dense(a) && is_dense(b) && out.stride(1) == 1 ? tile_parts<scalar_t>(3) : 0;
+  const int64_t parts = is_wide && is_dense(a) && is_dense(b) && out.stride(1) == 1 ? packed_parts<scalar_t>(3) : 0;
   if (parts == 0) return mm_out(out, a, b);
   struct Worker {
     explicit Worker(int64_t parts) : by_b(parts) {}
@@ -252,9 +253,9 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   };
   const Matrix<scalar_t> to = view(out), left = view(a), right = view(b);
   const int64_t threads = torch::stable::get_num_threads(), share = (right.num_cols + threads - 1) / threads;
-  const int64_t panels = tiles::count(std::min(share, kColumns));
+  const int64_t panels = panels::count(std::min(share, kColumns));
   for_tiles<Worker>(
-      right.num_cols, panels * tiles::kSide, [&] { return Worker(parts); },
+      right.num_cols, panels * panels::kSide, [&] { return Worker(parts); },
       [&](Worker& worker, int64_t first, int64_t length) {
         worker.by_b.pack(right.cols(first, length));
         worker.by_b.multiply_into(left, worker.space, to.cols(first, length));
@@ -316,10 +317,10 @@ class GramSum {
 
   // (|W|^1/2 X) is kept as a right factor; its transpose, with the signs of W, is the left one
   void append(Pair<float> x, const float* weight, Workspace& space) {
-    const int64_t padded = tiles::count(x.num_rows) * tiles::kSide;
+    const int64_t padded = panels::padded(x.num_rows, parts_);
     if (filled_ + padded > kDepth) flush(space);
-    const int64_t stride = tiles::panel_bytes(kDepth, parts_);
-    char* to = right_.template get<char>(num_panels() * stride) + tiles::panel_bytes(filled_, parts_);
+    const int64_t stride = panels::bytes(kDepth, parts_);
+    char* to = right_.template get<char>(num_panels() * stride) + panels::bytes(filled_, parts_);
     float root[kDepth];
     for (int64_t i = 0; i < padded; ++i) {
       const float w = i < x.num_rows && weight ? weight[i] : 1.0f;
@@ -327,29 +328,30 @@ class GramSum {
       negative_[filled_ + i] = w < 0;
     }
     const float* scale = weight ? root : nullptr;
-    tiles::pack_right({x.first, 1, x.stride, x.first_cols, x.num_rows, nullptr, 1, scale}, parts_, to, stride);
-    tiles::pack_right({x.second, 1, x.stride, x.second_cols, x.num_rows, x.minus, -1, scale}, parts_,
-                      to + tiles::count(first_) * stride, stride);
+    panels::pack_right({x.first, 1, x.stride, x.first_cols, x.num_rows, nullptr, 1, scale}, parts_, to, stride);
+    panels::pack_right({x.second, 1, x.stride, x.second_cols, x.num_rows, x.minus, -1, scale}, parts_,
+                       to + panels::count(first_) * stride, stride);
     filled_ += padded;
   }
 
   void flush(Workspace& space) {
-    const tiles::Units units;
-    const int64_t stride = tiles::panel_bytes(kDepth, parts_);
+    const panels::Units units(parts_);
+    const int64_t stride = panels::bytes(kDepth, parts_);
     gram_.get<double>(height_ * width_);  // also where none of its rows are made
-    const int64_t num_left = height_ == first_ ? tiles::count(first_) : num_panels();
+    const int64_t num_left = height_ == first_ ? panels::count(first_) : num_panels();
     const char* right = right_.data<char>();
-    char* left = space.left.get<char>(kLeftPanels * stride);
+    char* room = space.left.get<char>(kLeftPanels * stride);
+    const char* left[kLeftPanels];
     for (int64_t first = 0; first < num_left; first += kLeftPanels) {
       const int64_t last = std::min(first + kLeftPanels, num_left);
       for (int64_t i = first; i < last; ++i)
-        tiles::right_to_left(right + i * stride, filled_, parts_, negative_, left + (i - first) * stride);
+        left[i - first] = panels::as_left(right + i * stride, filled_, parts_, negative_, room + (i - first) * stride);
       for (int64_t j = first; j < num_panels(); ++j)
         for (int64_t i = first; i < std::min(last, j + 1); ++i) {
           const auto [row, m] = columns_of(i);
           const auto [col, n] = columns_of(j);
-          tiles::multiply(left + (i - first) * stride, right + j * stride, filled_, parts_, m, n, space.block);
-          put(m, n, space.block, tiles::kSide, row, col);
+          panels::multiply(left[i - first], right + j * stride, filled_, parts_, m, n, space.block);
+          put(m, n, space.block, panels::kSide, row, col);
         }
     }
     filled_ = 0;
@@ -387,14 +389,14 @@ class GramSum {
                                                                                        width_);
   }
 
-  int64_t num_panels() const { return tiles::count(first_) + tiles::count(width_ - first_); }
+  int64_t num_panels() const { return panels::count(first_) + panels::count(width_ - first_); }
 
   // (first column, number of columns) of a panel
   std::pair<int64_t, int64_t> columns_of(int64_t panel) const {
-    const int64_t of_first = tiles::count(first_), col = panel * tiles::kSide;
-    if (panel < of_first) return {col, std::min(tiles::kSide, first_ - col)};
-    const int64_t shifted = first_ + (panel - of_first) * tiles::kSide;
-    return {shifted, std::min(tiles::kSide, width_ - shifted)};
+    const int64_t of_first = panels::count(first_), col = panel * panels::kSide;
+    if (panel < of_first) return {col, std::min(panels::kSide, first_ - col)};
+    const int64_t shifted = first_ + (panel - of_first) * panels::kSide;
+    return {shifted, std::min(panels::kSide, width_ - shifted)};
   }
 
   int64_t parts_, first_, width_, height_, known_;

@@ -1,12 +1,10 @@
 #include "tiles.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,8 +12,12 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include "avx512.h"
+
 namespace fasthyper::tiles {
 namespace {
+
+using avx512::first;
 
 constexpr int64_t kHalf = 16;  // vectors of a tile
 
@@ -42,8 +44,6 @@ inline void split(__m512 x, __m512i* part) {
     if (p + 1 < parts) x = _mm512_sub_ps(x, _mm512_castsi512_ps(part[p]));
   }
 }
-
-inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
 
 inline __m512 load(const Source& s, __mmask16 mask, int64_t at) {
   const __m512 x = _mm512_maskz_loadu_ps(mask, s.from + at);
@@ -88,22 +88,10 @@ inline void across(const Source& s, int64_t v, int64_t k0, char* to) {
 
 // 16 x 16 pairs, transposed; flips the signs where sign has its bits
 inline void transpose(const char* from, __m512i sign, char* to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(from + i * 64);
-  for (int i = 0; i < 16; i += 2)
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_store_si512(to + i * 64, _mm512_xor_si512(sign, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88)));
-    _mm512_store_si512(to + (i + 8) * 64, _mm512_xor_si512(sign, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd)));
-  }
+  __m512i rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(from + i * 64);
+  avx512::transpose(rows);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, _mm512_xor_si512(sign, rows[i]));
 }
 
 template <int parts>

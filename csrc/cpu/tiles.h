@@ -40,13 +40,6 @@ void right_to_left(const char* panel, int64_t depth, int64_t parts, const bool* 
 void make_ready();
 void release();
 
-// They are ready while one of these lives
-class Units {
- public:
-  Units() { make_ready(); }
-  ~Units() { release(); }
-};
-
 // out [32, 32] = a panel of a left factor by a panel of a right one; num_rows and num_cols are those that matter
 void multiply(const char* left, const char* right, int64_t depth, int64_t parts, int64_t num_rows, int64_t num_cols,
               float* out);

@@ -1,0 +1,62 @@
+// What is written in AVX-512 intrinsics shares: masks, a transpose, and the one loop of all products in registers. For files
+// compiled for AVX-512, whose code is reached where the machine has it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+
+namespace fasthyper::avx512 {
+
+// The first n of 16
+inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
+
+template <int rows, int vectors>
+inline void clear(__m512 (&acc)[rows][vectors]) {
+  for (auto& line : acc)
+    for (auto& a : line) a = _mm512_setzero_ps();
+}
+
+// Adds ``depth`` vectors, ``stride`` apart, each times a factor of each row. Factors of one row lie factor_stride apart,
+// those of the next row row_stride on. Every second time around it asks for memory.
+template <int rows, int vectors, typename Ahead>
+inline void multiply_block(int64_t depth, const float* factor, int64_t row_stride, int64_t factor_stride,
+                           const float* vector, int64_t stride, Ahead& ahead, __m512 (&acc)[rows][vectors]) {
+  for (int64_t i = 0; i < depth; ++i, factor += factor_stride, vector += stride) {
+    if (i % 2 == 0) ahead.ask();
+    __m512 v[vectors];
+    for (int z = 0; z < vectors; ++z) v[z] = _mm512_load_ps(vector + 16 * z);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const __m512 f = _mm512_set1_ps(factor[r * row_stride]);
+      for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(f, v[z], acc[r][z]);
+    }
+  }
+}
+
+// 16 x 16 numbers of 4 bytes, transposed
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2)
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+}  // namespace fasthyper::avx512
+
+#pragma GCC pop_options

@@ -1,0 +1,121 @@
+#include "vectors.h"
+
+#if defined(__x86_64__)
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#pragma GCC target("avx512f")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "avx512.h"
+
+namespace fasthyper::vectors {
+namespace {
+
+using avx512::first;
+using tiles::kSide;
+using tiles::Source;
+
+constexpr int64_t kMostRows = 12;  // of a block, whose sums are in registers
+
+inline __m512 load(const Source& s, __mmask16 mask, int64_t at) {
+  const __m512 x = _mm512_maskz_loadu_ps(mask, s.from + at);
+  return s.other ? _mm512_fmadd_ps(_mm512_set1_ps(s.sign), _mm512_maskz_loadu_ps(mask, s.other + at), x) : x;
+}
+
+// 32 vectors whose elements lie contiguously
+void along(const Source& s, int64_t v, float* to) {
+  for (int64_t half = 0; half < kSide; half += 16, v += 16)
+    for (int64_t k = 0; k < s.depth; k += 16) {
+      const __mmask16 mask = first(s.depth - k);
+      __m512i rows[16];
+      for (int64_t i = 0; i < 16; ++i)
+        rows[i] = _mm512_castps_si512(load(s, v + i < s.num_vectors ? mask : 0, (v + i) * s.vector_stride + k));
+      avx512::transpose(rows);
+      for (int64_t i = 0; i < std::min<int64_t>(16, s.depth - k); ++i)
+        _mm512_store_si512(to + (k + i) * kSide + half, rows[i]);
+    }
+}
+
+// 32 vectors that lie side by side
+void across(const Source& s, int64_t v, float* to) {
+  const __mmask16 mask0 = first(s.num_vectors - v), mask1 = first(s.num_vectors - v - 16);
+  for (int64_t k = 0; k < s.depth; ++k, v += s.depth_stride, to += kSide) {
+    const __m512 scale = _mm512_set1_ps(s.scale ? s.scale[k] : 1);
+    _mm512_store_ps(to, _mm512_mul_ps(scale, load(s, mask0, v)));
+    _mm512_store_ps(to + 16, _mm512_mul_ps(scale, load(s, mask1, v + 16)));
+  }
+}
+
+struct Nothing {
+  void ask() {}
+};
+
+template <int rows, int vectors>
+void block(const float* left, const float* right, int64_t depth, float* out) {
+  __m512 acc[rows][vectors];
+  avx512::clear(acc);
+  Nothing ahead;
+  avx512::multiply_block(depth, left, 1, kSide, right, kSide, ahead, acc);
+  for (int r = 0; r < rows; ++r)
+    for (int z = 0; z < vectors; ++z) _mm512_store_ps(out + r * kSide + 16 * z, acc[r][z]);
+}
+
+template <int vectors, int... rows>
+constexpr std::array<decltype(&block<1, 1>), sizeof...(rows)> blocks(std::integer_sequence<int, rows...>) {
+  return {block<rows + 1, vectors>...};
+}
+
+}  // namespace
+
+bool available() {
+  static const bool is_available = [] {
+    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+    const bool is_free = limit == nullptr || *limit == '\0', is_asked = !is_free && std::strncmp(limit, "avx512", 6) == 0;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && (is_asked || (is_free && __builtin_cpu_is("amd")));
+  }();
+  return is_available;
+}
+
+void pack(const Source& source, char* to, int64_t panel_stride) {
+  const auto run = source.depth_stride == 1 && !source.scale ? along : across;
+  for (int64_t v = 0; v < source.num_vectors; v += kSide, to += panel_stride) run(source, v, reinterpret_cast<float*>(to));
+}
+
+void right_to_left(const char* panel, int64_t depth, const bool* negative, char* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m512i sign = _mm512_set1_epi32(negative[k] ? int(0x80000000) : 0);
+    for (int64_t z = 0; z < 2; ++z, panel += 64, to += 64)
+      _mm512_store_si512(to, _mm512_xor_si512(sign, _mm512_load_si512(panel)));
+  }
+}
+
+void multiply(const char* left, const char* right, int64_t depth, int64_t num_rows, int64_t num_cols, float* out) {
+  constexpr auto narrow = blocks<1>(std::make_integer_sequence<int, kMostRows>());
+  constexpr auto wide = blocks<2>(std::make_integer_sequence<int, kMostRows>());
+  const auto& run = num_cols > 16 ? wide : narrow;
+  const int64_t shares = (num_rows + kMostRows - 1) / kMostRows;  // of equal size, as near as can be
+  for (int64_t i = 0; i < shares; ++i) {
+    const int64_t row = num_rows * i / shares, count = num_rows * (i + 1) / shares - row;
+    run[count - 1](reinterpret_cast<const float*>(left) + row, reinterpret_cast<const float*>(right), depth,
+                   out + row * kSide);
+  }
+}
+
+}  // namespace fasthyper::vectors
+
+#else
+
+namespace fasthyper::vectors {
+
+bool available() { return false; }
+void pack(const tiles::Source&, char*, int64_t) {}
+void right_to_left(const char*, int64_t, const bool*, char*) {}
+void multiply(const char*, const char*, int64_t, int64_t, int64_t, float*) {}
+
+}  // namespace fasthyper::vectors
+#endif
