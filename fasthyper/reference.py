@@ -428,8 +428,9 @@ def adam_delta_bwd(
 
 
 def packed_parts(like: Tensor) -> int:
-    """How the device of ``like`` multiplies float32: 3, in bfloat16 parts on tile units, and so heeds ``precision``; 4, in AVX-512
-    registers; 0, as torch does."""
+    """How the device of ``like`` multiplies float32: 3, on tile units for bfloat16, so that it heeds ``precision``; 4, in
+    AVX-512 registers; 0, as torch does.
+    """
     return 0
 
 
