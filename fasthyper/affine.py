@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fasthyper import ops
 from fasthyper.planner import by_moments
 
 
@@ -58,11 +59,9 @@ class AffineDrift:
         """
         with torch.autocast(basis.device.type, enabled=False):
             rows, weight, moments = self._all if embeddings is None else self._factors(embeddings, weight)
-            moved = basis - self._basis0
             if moments is not None:  # sum w |D x|^2 = <D, D sum w x x'>
-                grad = moved @ moments
-                return (moved.mul_(grad).sum() / 2).clamp_(min=0), grad
-            drift = moved @ rows.T
+                return ops.affine_drift_value_and_grad(basis, self._basis0, moments)
+            drift = (basis - self._basis0) @ rows.T
             grad = (drift * (2 * weight)) @ rows
             return (drift.square_() @ weight).sum(), grad
 

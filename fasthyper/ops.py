@@ -22,6 +22,7 @@ LIBRARY.define(
     "_target_drift_fwd(Tensor h, Tensor basis, Tensor[] snapshot, Tensor[] targets, Tensor[] importance, Tensor weight,"
     " Tensor plan) -> (Tensor, Tensor, Tensor)"
 )
+LIBRARY.define("_affine_drift_fwd(Tensor basis, Tensor basis0, Tensor moments) -> (Tensor, Tensor)")
 LIBRARY.define("_generate_fwd(Tensor h, Tensor basis, int num_weights) -> Tensor")
 LIBRARY.define("_generate_bwd(Tensor[] grads, Tensor h, Tensor basis) -> (Tensor, Tensor)")
 LIBRARY.define(
@@ -48,7 +49,7 @@ LIBRARY.define("_packed_parts(Tensor like) -> int")
 HALF = (torch.float16, torch.bfloat16)  # computed and returned in float32
 PRECISIONS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts that float32 factors are split in, on tile units
 OPS = (
-    *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "generate_fwd", "generate_bwd"),
+    *("output_drift_fwd", "hypernet_drift_fwd", "target_drift_fwd", "affine_drift_fwd", "generate_fwd", "generate_bwd"),
     *("hyper_linear_fwd", "hyper_linear_bwd", "adam_delta_fwd", "adam_delta_bwd", "adam_ahead", "adam_step_"),
     "packed_parts",
 )
@@ -67,6 +68,11 @@ def _hypernet_drift_fwd_fake(theta, theta0, embeddings, embeddings0, pre0, gram0
 @torch.library.register_fake("fasthyper::_target_drift_fwd", lib=LIBRARY)
 def _target_drift_fwd_fake(h, basis, *_):
     return h.new_empty(()), h.new_empty(h.shape), basis.new_empty(basis.shape)
+
+
+@torch.library.register_fake("fasthyper::_affine_drift_fwd", lib=LIBRARY)
+def _affine_drift_fwd_fake(basis, *_):
+    return basis.new_empty(()), basis.new_empty(basis.shape)
 
 
 @torch.library.register_fake("fasthyper::_generate_fwd", lib=LIBRARY)
@@ -113,6 +119,7 @@ def _adam_step_fake(*_):
 _output_drift_fwd = torch.ops.fasthyper._output_drift_fwd.default
 _hypernet_drift_fwd = torch.ops.fasthyper._hypernet_drift_fwd.default
 _target_drift_fwd = torch.ops.fasthyper._target_drift_fwd.default
+_affine_drift_fwd = torch.ops.fasthyper._affine_drift_fwd.default
 _generate_fwd = torch.ops.fasthyper._generate_fwd.default
 _generate_bwd = torch.ops.fasthyper._generate_bwd.default
 _hyper_linear_fwd = torch.ops.fasthyper._hyper_linear_fwd.default
@@ -437,6 +444,32 @@ def target_drift(
     constants = (*snapshot, *rows["targets"], *rows["importance"])
     weight = _task_weight(op, weight, h)
     return _TargetDrift.apply(h, basis, weight, plan, len(snapshot), len(rows["targets"]), *constants)
+
+
+def affine_drift_value_and_grad(basis: Tensor, basis0: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared drift of weights ``V x`` whose inputs are held, ``sum_t w_t |(V - V0) x_t|^2``, and its gradient for V.
+
+    Args:
+        basis, basis0: ``[P, K]``, V now and at the snapshot.
+        moments:       ``[K, K]``, symmetric: ``2 sum_t w_t x_t x_t'``.
+
+    Returns:
+        ``<D, D moments> / 2`` ``[]``, never negative, and ``D moments`` ``[P, K]`` with ``D = V - V0``, without a graph; in
+        the dtype of ``basis``, for half types in float32.
+
+    Raises:
+        ValueError: shapes disagree.  TypeError: dtypes differ.
+
+    ``P K^2`` multiply-adds; each basis is read once, and the order of summation is fixed for a given number of threads.
+    """
+    op = "affine_drift_value_and_grad"
+    _check_dtypes(op, basis=basis, basis0=basis0, moments=moments)
+    _check_shape(op, "basis", basis, ("P", "K"))
+    _check_shape(op, "basis0", basis0, basis.shape)
+    _check_shape(op, "moments", moments, [basis.shape[1]] * 2)
+    if basis.dtype in HALF:
+        basis, basis0, moments = (x.float() for x in (basis, basis0, moments))
+    return _affine_drift_fwd(basis, basis0, moments)
 
 
 def generate(h: Tensor, basis: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:

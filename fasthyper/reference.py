@@ -126,6 +126,13 @@ def linear_drift(dx: Tensor, weight: Tensor, bias: Tensor, x0: Tensor, weight0: 
     return F.linear(dx, weight, bias - bias0) + F.linear(x0, weight - weight0)
 
 
+def affine_drift_fwd(basis_PK: Tensor, basis0_PK: Tensor, moments_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of ``<D, D moments> / 2``, ``D = basis - basis0``, and its gradient ``D moments``."""
+    moved_PK = basis_PK - basis0_PK
+    grad_PK = moved_PK @ moments_KK
+    return (moved_PK.mul_(grad_PK).sum() / 2).clamp_(min=0), grad_PK
+
+
 def target_drift_fwd(
     h_TNH: Tensor,
     basis_SK: Tensor,

@@ -270,6 +270,16 @@ def products(tensors: Tensors, run: Callable[[Tensors], list[Tensor]], different
     return call._replace(magnitudes=call._replace(tensors={name: t.abs() for name, t in tensors.items()}))
 
 
+def affine_drift_value_and_grad(draw: Draw) -> Call:
+    num_weights, width = draw(tall), draw(wide)
+    basis, step = values(draw, num_weights, width), draw_step(draw)
+    basis0 = (basis - step * values(draw, num_weights, width)).float().double()
+    tensors = {"basis": basis, "basis0": basis0, "moments": values(draw, width, width)}
+    call = Call(tensors, lambda t: list(ops.affine_drift_value_and_grad(**t)), ())
+    positive = {"basis": (basis - basis0).abs(), "basis0": torch.zeros_like(basis), "moments": tensors["moments"].abs()}
+    return call._replace(magnitudes=call._replace(tensors=positive))
+
+
 def generate(draw: Draw) -> Call:
     chunks, chunk_size, width = draw(tall), draw(tall.filter(bool)), draw(wide)
     shapes = draw_shapes(draw, chunks, chunk_size)
@@ -363,7 +373,7 @@ def adam_step_(draw: Draw) -> Call:
 ADAM_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 CALLS = (
     *(output_drift, output_drift_value_and_grad, hypernet_drift, hypernet_drift_value_and_grad, target_drift),
-    *(generate, generate_blocks, hyper_linear, adam_delta, adam_ahead, adam_step_),
+    *(affine_drift_value_and_grad, generate, generate_blocks, hyper_linear, adam_delta, adam_ahead, adam_step_),
 )
 every_op = pytest.mark.parametrize("draw_call", CALLS, ids=lambda call: call.__name__)
 
@@ -475,7 +485,10 @@ def test_fuzz_refuses_wrong_shapes_and_dtypes(draw_call, data):
         call.run(laid | {name: tensor})
 
 
-@pytest.mark.parametrize("draw_call", [call for call in CALLS if "drift" in call.__name__], ids=lambda call: call.__name__)
+PLANNED = [call for call in CALLS if "plan" in inspect.signature(getattr(ops, call.__name__)).parameters]
+
+
+@pytest.mark.parametrize("draw_call", PLANNED, ids=lambda call: call.__name__)
 @hypothesis.given(data=st.data())
 def test_fuzz_takes_or_refuses_any_plan_as_the_reference_does(draw_call, data):
     """Any seven integers are a rectangle inside the grid, or are refused."""

@@ -45,7 +45,7 @@ ALLOWED = {
         "trunk",
     },
     "export": {"checkpoint", "errors", "hypernet", "init", "nets"},
-    "affine": {"planner"},
+    "affine": {"ops", "planner"},
     "regularizer": {"affine", "hypernet", "ops", "planner", "reference", "trunk"},
     "inference": {"hypernet", "losses", "mixed", "streams"},
     "graph": set(),
