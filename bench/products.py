@@ -1,0 +1,72 @@
+"""What products in AVX-512 registers (csrc/cpu/vectors.h) gain over those of torch's matrix library, on this processor.
+
+    python bench/products.py             # into bench/results/products.json
+
+Each way in processes of its own, in turn, told by ATEN_CPU_CAPABILITY: torch's own elementwise code follows it too, its
+matrix library does not. Regularizers of features too wide for what else is made in registers (narrow.h), and of affine maps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fasthyper import ops
+from fasthyper.bench.machine import gemm_rate, timed
+from fasthyper.bench.measure import quartiles
+from fasthyper.bench.peers import OURS, SIDES
+from fasthyper.bench.workloads import WORKLOADS
+from fasthyper.environment import environment
+
+FILE = Path(__file__).parent / "results" / "products.json"
+WAYS = {"registers": "avx512", "torch": "avx2"}
+CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
+AFFINE = {"permuted-mnist-1000": (6010, 513), "permuted-mnist-100-hour": (63_610, 101)}  # P and K, past half of E tasks
+ROUNDS, SIZE = 3, 2048
+
+
+def seconds() -> dict[str, float]:
+    """Median of each case, in this process."""
+    found = {}
+    for name, past in CASES:
+        found[f"{name} at {past}"] = _median(SIDES[OURS](WORKLOADS[name], past).prepare("regularizer"))
+    for name, (weights, width) in AFFINE.items():
+        basis, basis0, rows = torch.rand(weights, width), torch.rand(weights, width), torch.rand(width, width)
+        moments = rows.T @ rows
+        found[name] = _median(lambda *given: ops.affine_drift_value_and_grad(*given), basis, basis0, moments)
+    h, basis = torch.rand(SIZE, SIZE - 1), torch.rand(SIZE, SIZE)
+    found["product"] = timed(lambda: ops.generate(h, basis, [(SIZE * SIZE,)]), seconds=2.0)
+    return found
+
+
+def _median(call, *given):
+    return timed(lambda: call(*given), pick=lambda times: quartiles(times)["median"], seconds=2.0)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--child"]:
+        print(json.dumps(seconds()))
+        return
+    rounds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(ROUNDS):
+        for way, capability in WAYS.items():
+            env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+            done = subprocess.run([sys.executable, __file__, "--child"], env=env, check=True, capture_output=True, text=True)
+            rounds[way].append(json.loads(done.stdout))
+    rows = {}
+    for case in rounds["torch"][0]:
+        times = {way: [found[case] for found in taken] for way, taken in rounds.items()}
+        ratios = [other / ours for ours, other in zip(times["registers"], times["torch"], strict=True)]
+        rows[case] = {way: quartiles(taken) for way, taken in times.items()} | {"ratio": quartiles(ratios)}
+        print(case, json.dumps(rows[case]["ratio"]))
+    rates = {"registers": 2 * SIZE**3 / rows["product"]["registers"]["median"], "torch": gemm_rate(SIZE, SIZE, SIZE)}
+    FILE.write_text(json.dumps({"environment": environment(), "flops_per_second": rates, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
