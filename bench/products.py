@@ -27,7 +27,7 @@ FILE = Path(__file__).parent / "results" / "products.json"
 WAYS = {"registers": "avx512", "torch": "avx2"}
 CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
 AFFINE = {"permuted-mnist-1000": (6010, 513), "permuted-mnist-100-hour": (63_610, 101)}  # P and K, past half of E tasks
-ROUNDS, SIZE = 3, 2048
+ROUNDS, SIZE = 5, 2048
 
 
 def seconds() -> dict[str, float]:

@@ -69,6 +69,7 @@ def main() -> int:
             "layouts": layouts_table(layouts),
             "goals": goals_table(entries, ceiling) + without_tiles(plain) + memory_text(memory),
             "planner": planner_table(planner),
+            "products": products_table(json.loads((RESULTS / "products.json").read_text())),
             "ablation": ablation_tables(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
@@ -325,6 +326,26 @@ def memory_text(found: dict[str, Any]) -> str:
         f"{most / ours:.1f} and {most / less:.1f} times as much (asked: 10); on {machine['machine']},\n"
         f"commit {machine['commit']}, {machine['date']}.\n"
     )
+
+
+def products_table(found: dict[str, Any]) -> str:
+    """Regularizers with products in registers and by torch's matrix library."""
+    machine, rates = found["environment"], found["flops_per_second"]
+    lines = ["", "| regularizer | in registers, ms | by torch's library, ms | times |", f"|{'---|' * 4}"]
+    for case, row in found["rows"].items():
+        if case != "product":
+            times = " | ".join(f"{1e3 * row[way]['median']:.2f}" for way in ("registers", "torch"))
+            low, median, high = (row["ratio"][key] for key in ("low", "median", "high"))
+            lines.append(
+                f"| {case.replace(case.split()[0], f'`{case.split()[0]}`')} | {times} | {median:.2f} ({low:.2f} to {high:.2f}) |"
+            )
+    lines += [
+        "",
+        f"{machine['machine']}, {machine['threads']} threads, commit {machine['commit']}, {machine['date']}. Best product of "
+        f"2048³ in that",
+        f"run: {1e-9 * rates['registers']:.0f} and {1e-9 * rates['torch']:.0f} GFLOP/s.",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def ablation_tables(path: Path) -> str:

@@ -26,14 +26,22 @@ inline __m512 load(const Source& s, __mmask16 mask, int64_t at) {
   return s.other ? _mm512_fmadd_ps(_mm512_set1_ps(s.sign), _mm512_maskz_loadu_ps(mask, s.other + at), x) : x;
 }
 
+// Asks for memory of which the next panel will be made
+inline void ask(const Source& s, int64_t at) {
+  _mm_prefetch(reinterpret_cast<const char*>(s.from + at), _MM_HINT_T0);
+  if (s.other) _mm_prefetch(reinterpret_cast<const char*>(s.other + at), _MM_HINT_T0);
+}
+
 // 32 vectors whose elements lie contiguously
 void along(const Source& s, int64_t v, float* to) {
   for (int64_t half = 0; half < kSide; half += 16, v += 16)
     for (int64_t k = 0; k < s.depth; k += 16) {
       const __mmask16 mask = first(s.depth - k);
       __m512i rows[16];
-      for (int64_t i = 0; i < 16; ++i)
+      for (int64_t i = 0; i < 16; ++i) {
         rows[i] = _mm512_castps_si512(load(s, v + i < s.num_vectors ? mask : 0, (v + i) * s.vector_stride + k));
+        ask(s, (v + i + kSide) * s.vector_stride + k);
+      }
       avx512::transpose(rows);
       for (int64_t i = 0; i < std::min<int64_t>(16, s.depth - k); ++i)
         _mm512_store_si512(to + (k + i) * kSide + half, rows[i]);
