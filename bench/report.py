@@ -333,17 +333,15 @@ def products_table(found: dict[str, Any]) -> str:
     machine, rates = found["environment"], found["flops_per_second"]
     lines = ["", "| regularizer | in registers, ms | by torch's library, ms | times |", f"|{'---|' * 4}"]
     for case, row in found["rows"].items():
-        if case != "product":
+        name, _, at = case.partition(" ")
+        if name != "product":
             times = " | ".join(f"{1e3 * row[way]['median']:.2f}" for way in ("registers", "torch"))
-            low, median, high = (row["ratio"][key] for key in ("low", "median", "high"))
-            lines.append(
-                f"| {case.replace(case.split()[0], f'`{case.split()[0]}`')} | {times} | {median:.2f} ({low:.2f} to {high:.2f}) |"
-            )
+            low, median, high = (f"{row['ratio'][key]:.2f}" for key in ("low", "median", "high"))
+            lines.append(f"| `{name}` {at} | {times} | {median} ({low} to {high}) |")
     lines += [
         "",
-        f"{machine['machine']}, {machine['threads']} threads, commit {machine['commit']}, {machine['date']}. Best product of "
-        f"2048³ in that",
-        f"run: {1e-9 * rates['registers']:.0f} and {1e-9 * rates['torch']:.0f} GFLOP/s.",
+        f"{machine['machine']}, {machine['threads']} threads, commit {machine['commit']}, {machine['date']}.",
+        f"Best product of 2048³ in that run: {1e-9 * rates['registers']:.0f} and {1e-9 * rates['torch']:.0f} GFLOP/s.",
     ]
     return "\n".join([*lines, ""])
 
