@@ -213,12 +213,15 @@ def recipes_table() -> str:
     for name, runs in reached.items():
         seeds = f"{runs.mean_and_error}, {len(runs.seeds)} seed{'s' if len(runs.seeds) > 1 else ''}"
         drop = f"{100 * max(runs.largest_drop):.2f}" if runs.largest_drop and runs.measure == "accuracy" else ""
-        minutes = f"{runs.steps:,}, {statistics.mean(runs.seconds) / 60:.1f} on {runs.where}"
+        minutes = f"{runs.steps:,}, {statistics.median(runs.seconds) / 60:.1f} on {runs.where}"
         lines.append(f"| `{name}` | {RECIPES[name].published} | {seeds} | {drop} | {minutes} |")
     missing = sum(name not in reached for name in RECIPES)
     more = f" {missing} more recipes have not been run yet; `fasthyper list` shows all." if missing else ""
     ours = "Settings without a published figure are our own."
-    lines += ["", f"Minutes are wall time of training, on a machine that did other work beside. {ours}{more}"]
+    lines += [
+        "",
+        f"Minutes are wall time of training, the median of seeds, on machines that did other work beside. {ours}{more}",
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -34,7 +34,7 @@ class Measured:
         return with_error(self.score, self.measure)
 
     def __str__(self) -> str:
-        minutes = statistics.mean(self.seconds) / 60
+        minutes = statistics.median(self.seconds) / 60  # other work may have stopped one of them
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{self.mean_and_error} ({seeds}, {minutes:.1f} minutes each on {self.where})"
 
