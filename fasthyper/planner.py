@@ -55,8 +55,11 @@ def is_affine(layout: Layout, chunk_dim: int, layers: Sequence[object]) -> bool:
 
 
 def by_moments(num_tasks: int, width: int) -> bool:
-    """Whether an affine drift is cheaper by one product with sum w x x' than by two with the rows x = [e | 1]."""
-    return 2 * num_tasks > width + 1
+    """Whether an affine drift is cheaper by one product with sum w x x' than by two with the rows x = [e | 1].
+
+    By multiply-adds it is from half as many rows as columns on; but the two read the basis, or as much, several times more.
+    """
+    return 4 * num_tasks > width + 1
 
 
 def default_budget(device: torch.device) -> int:

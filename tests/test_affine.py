@@ -37,7 +37,7 @@ def test_affine_drift_over_random_shapes(tasks, weights, task_dim, is_weighed, s
         assert oracle.relative_error(leaf.grad, 3 * want_grads[1]) < TOL["drift", torch.float64]
 
 
-@pytest.mark.parametrize("tasks", [3, 40])  # below and above half of the embedding's size
+@pytest.mark.parametrize("tasks", [3, 40])  # below and above a quarter of the embedding's size
 @pytest.mark.parametrize("step", [1, 1e-2, 1e-4, 1e-6])
 def test_affine_drift_keeps_its_digits_at_small_steps(tasks, step):
     layout, mean = Layout(200, 200), torch.full((tasks,), 1 / tasks)
