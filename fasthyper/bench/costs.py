@@ -98,9 +98,9 @@ def drift_work(shapes: Shapes, past: int) -> Work:
     """
     rows = past * shapes.num_chunks
     width, full = shapes.width, 2 * shapes.width + 1
-    if is_affine(shapes.layout, shapes.chunk_dim, shapes.hidden):  # D = V - V*, then D C or D x', in two more passes
-        products = width + 1 if by_moments(past, width) else 2 * past
-        return Work(shapes.chunk_size * (width + 1) * products, FLOAT * 7 * shapes.chunk_size * (width + 1))
+    if is_affine(shapes.layout, shapes.chunk_dim, shapes.hidden):  # D C in one pass, or D = V - V*, then D x', in two more
+        products, passed = (width + 1, 3) if by_moments(past, width) else (2 * past, 7)
+        return Work(shapes.chunk_size * (width + 1) * products, FLOAT * passed * shapes.chunk_size * (width + 1))
     macs = 0
     if shapes.hidden:
         first, *_ = shapes.hidden
