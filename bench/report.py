@@ -43,7 +43,9 @@ CEILING_TEXT = (
 def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    plain = json.loads((RESULTS / "cpu_without_tiles.json").read_text())  # kept by ``fasthyper bench``
+    plain, amd = (
+        json.loads((RESULTS / f"cpu_{of}.json").read_text()) for of in ("without_tiles", "amd")
+    )  # by ``fasthyper bench``
     memory = json.loads((RESULTS / "memory.json").read_text())  # so, too: p100 at 100, a step, against recompute
     planner = json.loads((RESULTS / "planner.json").read_text())
     gpu = report_gpu.load(RESULTS)
@@ -56,10 +58,13 @@ def main() -> int:
             "figure": figure_link(),
             "times": times(commands),
             "table": table(rows, cpu["machine_info"]),
-            "table-without-tiles": table(
-                plain["rows"],
-                {**plain["environment"], "ceiling": plain["machine"], PEER: cpu["machine_info"][PEER]},
-            ),
+            **{
+                name: table(
+                    found["rows"],
+                    {**found["environment"], "ceiling": found["machine"], PEER: cpu["machine_info"][PEER]},
+                )
+                for name, found in (("table-without-tiles", plain), ("table-amd", amd))
+            },
             "loop": loop_text(loop),
             "recipes": recipes_table(),
             "gpu": report_gpu.readme_text(*gpu),
