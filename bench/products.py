@@ -8,10 +8,14 @@ matrix library does not. Regularizers of features too wide for what else is made
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,11 +26,12 @@ from fasthyper.bench.measure import quartiles
 from fasthyper.bench.peers import OURS, SIDES
 from fasthyper.bench.workloads import WORKLOADS
 from fasthyper.environment import environment
+from fasthyper.recipes import RECIPES
 
 FILE = Path(__file__).parent / "results" / "products.json"
 WAYS = {"registers": "avx512", "torch": "avx2"}
 CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
-AFFINE = {"permuted-mnist-1000": (6010, 513), "permuted-mnist-100-hour": (63_610, 101)}  # P and K, past half of E tasks
+AFFINE = ("permuted-mnist-1000", "permuted-mnist-100-hour")
 ROUNDS, SIZE = 5, 2048
 
 
@@ -35,17 +40,19 @@ def seconds() -> dict[str, float]:
     found = {}
     for name, past in CASES:
         found[f"{name} at {past}"] = _median(SIDES[OURS](WORKLOADS[name], past).prepare("regularizer"))
-    for name, (weights, width) in AFFINE.items():
+    for name in AFFINE:
+        sizes = ((28 // RECIPES[name].pool) ** 2, *RECIPES[name].target_hidden, 10)
+        weights, width = sum((i + 1) * o for i, o in pairwise(sizes)), RECIPES[name].task_dim + 1
         basis, basis0, rows = torch.rand(weights, width), torch.rand(weights, width), torch.rand(width, width)
         moments = rows.T @ rows
-        found[name] = _median(lambda *given: ops.affine_drift_value_and_grad(*given), basis, basis0, moments)
+        found[name] = _median(functools.partial(ops.affine_drift_value_and_grad, basis, basis0, moments))
     h, basis = torch.rand(SIZE, SIZE - 1), torch.rand(SIZE, SIZE)
     found["product"] = timed(lambda: ops.generate(h, basis, [(SIZE * SIZE,)]), seconds=2.0)
     return found
 
 
-def _median(call, *given):
-    return timed(lambda: call(*given), pick=lambda times: quartiles(times)["median"], seconds=2.0)
+def _median(call: Callable[[], object]) -> float:
+    return timed(call, pick=statistics.median, seconds=2.0)
 
 
 def main() -> None:

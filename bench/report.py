@@ -141,7 +141,8 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     named = f"{PEER} {machine['hypnettorch']}"
     columns = [(what, peer) for what in ("regularizer", "step") for peer in (PEER, *others)]
     columns = [(what, peer) for what, peer in columns if any("ratio" in entry for entry in of(rows, what, peer))]
-    ceilings = [what for what in ("regularizer", "step") if "ceiling" in machine]
+    whats = {row["what"] for row in rows}
+    ceilings = [what for what in ("regularizer", "step") if "ceiling" in machine and what in whats]
     heads = [f"{what}, {peer}" for what, peer in columns] + [f"{what} / ceiling" for what in ceilings]
     lines = ["", f"| workload | past tasks | {' | '.join(heads)} |", f"|---|---{'|---' * len(heads)}|"]
     for workload, past in dict.fromkeys((row["workload"], row["past"]) for row in rows):
@@ -345,7 +346,7 @@ def products_table(found: dict[str, Any]) -> str:
         if name != "product":
             times = " | ".join(f"{1e3 * row[way]['median']:.2f}" for way in ("registers", "torch"))
             low, median, high = (f"{row['ratio'][key]:.2f}" for key in ("low", "median", "high"))
-            lines.append(f"| `{name}` {at} | {times} | {median} ({low} to {high}) |")
+            lines.append(f"| {f'`{name}` {at}'.strip()} | {times} | {median} ({low} to {high}) |")
     lines += [
         "",
         f"{machine['machine']}, {machine['threads']} threads, commit {machine['commit']}, {machine['date']}.",

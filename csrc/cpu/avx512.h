@@ -1,22 +1,40 @@
 // What is written in AVX-512 intrinsics shares: masks, a transpose, and the one loop of all products in registers. For files
-// compiled for AVX-512, whose code is reached where the machine has it.
+// compiled for AVX-512, whose code is reached where the machine has it; each has its own copies, for they ask for more or
+// less.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 
 namespace fasthyper::avx512 {
 
+// What ATEN_CPU_CAPABILITY, torch's own variable, says of AVX-512
+enum class Wish { none, wanted, unwanted };
+static inline Wish wish() {
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  if (limit == nullptr || *limit == '\0') return Wish::none;
+  return std::strncmp(limit, "avx512", 6) == 0 ? Wish::wanted : Wish::unwanted;
+}
+
+// body(first, count) for as few shares of ``size`` as leave none longer than ``most``, of equal length, as near as can be
+template <typename Body>
+static inline void in_shares(int64_t size, int64_t most, const Body& body) {
+  const int64_t shares = (size + most - 1) / most;
+  for (int64_t i = 0; i < shares; ++i) body(size * i / shares, size * (i + 1) / shares - size * i / shares);
+}
+
 // The first n of 16
-inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
+static inline __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
 
 template <int rows, int vectors>
-inline void clear(__m512 (&acc)[rows][vectors]) {
+static inline void clear(__m512 (&acc)[rows][vectors]) {
   for (auto& line : acc)
     for (auto& a : line) a = _mm512_setzero_ps();
 }
@@ -24,8 +42,8 @@ inline void clear(__m512 (&acc)[rows][vectors]) {
 // Adds ``depth`` vectors, ``stride`` apart, each times a factor of each row. Factors of one row lie factor_stride apart,
 // those of the next row row_stride on. Every second time around it asks for memory.
 template <int rows, int vectors, typename Ahead>
-inline void multiply_block(int64_t depth, const float* factor, int64_t row_stride, int64_t factor_stride,
-                           const float* vector, int64_t stride, Ahead& ahead, __m512 (&acc)[rows][vectors]) {
+static inline void multiply_block(int64_t depth, const float* factor, int64_t row_stride, int64_t factor_stride,
+                                  const float* vector, int64_t stride, Ahead& ahead, __m512 (&acc)[rows][vectors]) {
   for (int64_t i = 0; i < depth; ++i, factor += factor_stride, vector += stride) {
     if (i % 2 == 0) ahead.ask();
     __m512 v[vectors];
@@ -39,7 +57,7 @@ inline void multiply_block(int64_t depth, const float* factor, int64_t row_strid
 }
 
 // 16 x 16 numbers of 4 bytes, transposed
-inline void transpose(__m512i (&r)[16]) {
+static inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2)
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -204,11 +202,9 @@ template <int vectors>
 void back_tile(const Chunks& ha, const float* tile, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead,
                float* grad_basis, double* grad_ha) {
   constexpr auto blocks = features_blocks<vectors>(std::make_integer_sequence<int, most_rows(vectors)>());
-  const int64_t shares = (ha.num_chunks + most_rows(vectors) - 1) / most_rows(vectors);  // of equal size, as near as can be
-  for (int64_t i = 0; i < shares; ++i) {
-    const int64_t n = ha.num_chunks * i / shares, count = ha.num_chunks * (i + 1) / shares - n;
+  avx512::in_shares(ha.num_chunks, most_rows(vectors), [&](int64_t n, int64_t count) {
     blocks[count - 1](tile, num_cols, grad + n * grad_stride, grad_stride, ahead, grad_ha + n * kWidest);
-  }
+  });
   const int64_t done = basis_block<vectors == 4 ? 4 : 8, vectors>(ha, 0, num_cols, grad, grad_stride, ahead, grad_basis);
   basis_block<1, vectors>(ha, done, num_cols, grad, grad_stride, ahead, grad_basis);
 }
@@ -216,11 +212,7 @@ void back_tile(const Chunks& ha, const float* tile, int64_t num_cols, const floa
 }  // namespace
 
 bool available() {
-  static const bool is_available = [] {
-    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-    return (limit == nullptr || *limit == '\0' || std::strncmp(limit, "avx512", 6) == 0) &&
-           __builtin_cpu_supports("avx512f");
-  }();
+  static const bool is_available = avx512::wish() != avx512::Wish::unwanted && __builtin_cpu_supports("avx512f");
   return is_available;
 }
 

@@ -1,8 +1,5 @@
 #include "tiles.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -27,11 +24,6 @@ bool machine_has_them() {
   const bool amx = (edx >> 22 & 1) && (edx >> 24 & 1), avx512 = (ebx >> 16 & 1) && (ebx >> 30 & 1) && (ebx >> 31 & 1);
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   return amx && avx512 && __builtin_cpu_supports("avx512bw") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-bool allowed() {
-  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-  return limit == nullptr || *limit == '\0';
 }
 
 // x as bfloat16s in the upper halves of its elements: each the rounded rest of what the ones before left
@@ -175,7 +167,7 @@ void multiply_parts(const char* left, const char* right, int64_t num_tiles, bool
 }  // namespace
 
 bool available() {
-  static const bool is_available = allowed() && machine_has_them();
+  static const bool is_available = avx512::wish() == avx512::Wish::none && machine_has_them();
   return is_available;
 }
 

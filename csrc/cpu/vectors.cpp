@@ -2,8 +2,6 @@
 
 #if defined(__x86_64__)
 #include <array>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #pragma GCC target("avx512f")
@@ -81,10 +79,9 @@ constexpr std::array<decltype(&block<1, 1>), sizeof...(rows)> blocks(std::intege
 
 bool available() {
   static const bool is_available = [] {
-    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool is_free = limit == nullptr || *limit == '\0', is_asked = !is_free && std::strncmp(limit, "avx512", 6) == 0;
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && (is_asked || (is_free && __builtin_cpu_is("amd")));
+    const bool is_better = avx512::wish() == avx512::Wish::none && __builtin_cpu_is("amd");
+    return __builtin_cpu_supports("avx512f") && (is_better || avx512::wish() == avx512::Wish::wanted);
   }();
   return is_available;
 }
@@ -106,12 +103,10 @@ void multiply(const char* left, const char* right, int64_t depth, int64_t num_ro
   constexpr auto narrow = blocks<1>(std::make_integer_sequence<int, kMostRows>());
   constexpr auto wide = blocks<2>(std::make_integer_sequence<int, kMostRows>());
   const auto& run = num_cols > 16 ? wide : narrow;
-  const int64_t shares = (num_rows + kMostRows - 1) / kMostRows;  // of equal size, as near as can be
-  for (int64_t i = 0; i < shares; ++i) {
-    const int64_t row = num_rows * i / shares, count = num_rows * (i + 1) / shares - row;
+  avx512::in_shares(num_rows, kMostRows, [&](int64_t row, int64_t count) {
     run[count - 1](reinterpret_cast<const float*>(left) + row, reinterpret_cast<const float*>(right), depth,
                    out + row * kSide);
-  }
+  });
 }
 
 }  // namespace fasthyper::vectors
