@@ -299,11 +299,11 @@ def planner_table(planner: dict[str, Any]) -> str:
     ]
     for over, most in (("workloads", None), ("random", 5)):
         (found,) = (entry["table"] for entry in entries if entry["over"] == over)
-        for row in sorted(found, key=lambda row: -row["auto_over_best"])[:most]:
+        for row in sorted(found, key=lambda row: -row["pick_over_best"])[:most]:
             shape = ", ".join(str(row[key]) for key in ("tasks", "chunks", "chunk_size", "width"))
             name = f"`{row['workload']}`: {shape}" if "workload" in row else shape
             times = " | ".join(f"{1e3 * row['seconds'][form]:.2f}" for form in ("gram", "direct"))
-            lines.append(f"| {name} | {times} | {row['auto_over_best']:.2f} |")
+            lines.append(f"| {name} | {times} | {row['pick_over_best']:.2f} |")
     return "\n".join([*lines, ""])
 
 

@@ -16,10 +16,10 @@ PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi"
 # beside multiply-adds, in units of those that narrow Gram matrices take, in registers (fitted; bench/bench_planner.py shows
 # how well): a wide one, through memory; a direct one, in thin products; each element of rows and columns, read, packed,
 # added up; each of a Gram matrix, summed in float64
-GRAM_ELEMENT, GRAM_SUM = 500, 13_000
-NARROW, WIDE = 31, 1.75  # of at most this width rows and columns fit the registers; else all costs so many times as much
-DIRECT_MAC, DIRECT_ELEMENT = 2.5, 1000
-FEW_ROWS, FEW_MAC, FEW_ELEMENT, FEW_WIDTH = 32, 5, 200, 16  # for so few nothing is packed; widths are filled up to lanes
+GRAM_ELEMENT, GRAM_SUM = 650, 5000
+NARROW, WIDE = 31, 1.15  # of at most this width rows and columns fit the registers; else all costs so many times as much
+DIRECT_MAC, DIRECT_ELEMENT = 2.0, 550
+FEW_ROWS, FEW_MAC, FEW_ELEMENT, FEW_WIDTH = 32, 6, 40, 16  # for so few nothing is packed; widths are filled up to lanes
 
 
 def gram_macs(rows: int, cols: int, width: int) -> int:

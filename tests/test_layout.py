@@ -132,9 +132,9 @@ def test_planner_takes_the_direct_form_for_a_head_of_one_row():
 
 
 def test_planner_counts_tasks_and_chunks_instead_of_their_pairs_without_a_trunk():
-    """The Gram form costs the same at 6 and at 6,000 tasks, so it is taken as soon as rows are more than features."""
+    """The Gram form costs the same at 6 and at 6,000 tasks, so it is taken as soon as rows are twice as many as features."""
     layout, width = Layout(468_540, 7000), 64
-    for tasks in (1, 6, 6000):
+    for tasks in (2, 6, 6000):
         assert drift_plan(layout, range(tasks), width, trunk=False)[:, 6].tolist() == [0, 0]
     one_chunk, cols = Layout(1000, 1000), 1000
     rows = next(r for r in range(1, 1000) if direct_cost(r * cols, r, cols, width) > gram_cost(r + 1, cols, width))

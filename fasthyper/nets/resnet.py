@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthyper.nets.channels_last import channels_last
+
 
 class ResNet(nn.Module):
     """A CIFAR ResNet of 6n + 2 layers: 3 x 3 convolutions, each with batch norm, shortcuts without parameters, one head.
@@ -60,7 +62,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_outputs]`` for images ``[B, num_channels, height, width]``."""
-        x = self._layer(0, x).relu()
+        x = self._layer(0, channels_last(x)).relu()
         for first in range(1, 6 * self.n, 2):
             hidden = self._layer(first, x).relu()
             x = (self._layer(first + 1, hidden) + self._shortcut(first, x)).relu()

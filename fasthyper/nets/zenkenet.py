@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthyper.nets.channels_last import channels_last
+
 
 class ZenkeNet(nn.Module):
     """Two pairs of 3 x 3 convolutions, the second of each without padding and followed by pooling; one hidden layer, a head.
@@ -34,6 +36,7 @@ class ZenkeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_outputs]`` for images ``[B, 3, 32, 32]``."""
+        x = channels_last(x)
         for index, convolution in enumerate(self.convolutions):
             x = convolution(x).relu()
             if index % 2:
