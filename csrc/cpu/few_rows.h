@@ -49,12 +49,17 @@ FASTHYPER_VECTOR_CLONES double direct_columns(FewRows<scalar_t> rows, int64_t nu
     const int64_t count = std::min(kFewColumns, num_cols - first);
     // whole vectors may be read behind each column, and written, for what comes after it is set after it
     const bool whole = (num_cols - first - count) * with_bias >= kLanes;
+    if (whole)  // the gradient's lines are on their way while these columns are used
+      for (int64_t i = 0; i < kFewColumns * with_bias; i += 64 / int64_t(sizeof(scalar_t)))
+        __builtin_prefetch(grad_basis + i, 1);
     for (int64_t c = 0; c < count; ++c, now += with_bias, then += with_bias) {
       scalar_t *to = y + c * full, *rest = to + width;
       if (whole) {
-        for (int64_t i = 0; i < width; i += kLanes) *(lanes_t*)(to + i) = *(const lanes_t*)(now + i);
-        for (int64_t i = 0; i < with_bias; i += kLanes)
-          *(lanes_t*)(rest + i) = *(const lanes_t*)(now + i) - *(const lanes_t*)(then + i);
+        for (int64_t i = ha_stride - kLanes; i >= 0; i -= kLanes) {  // ends first: the rest covers what follows the column
+          const lanes_t column = *(const lanes_t*)(now + i);
+          *(lanes_t*)(to + i) = column;
+          *(lanes_t*)(rest + i) = column - *(const lanes_t*)(then + i);
+        }
       } else {
         for (int64_t i = 0; i < width; ++i) to[i] = now[i];
         for (int64_t i = 0; i < with_bias; ++i) rest[i] = now[i] - then[i];

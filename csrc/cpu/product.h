@@ -350,6 +350,7 @@ class GramSum {
         for (int64_t i = first; i < std::min(last, j + 1); ++i) {
           const auto [row, m] = columns_of(i);
           const auto [col, n] = columns_of(j);
+          if (col < known_) continue;  // and so is the row
           panels::multiply(left[i - first], right + j * stride, filled_, parts_, m, n, space.block);
           put(m, n, space.block, panels::kSide, row, col);
         }
