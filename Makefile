@@ -93,7 +93,8 @@ fuzz: $(VENV)/.dev
 	mv build/fuzz_files.json bench/results/
 
 bench: $(VENV)/.dev
-	pytest bench --ignore=bench/bench_planner.py --benchmark-json=bench/results/cpu.json
+	pytest bench --ignore=bench/bench_planner.py --ignore=bench/bench_threads.py --benchmark-json=bench/results/cpu.json
+	pytest bench/bench_threads.py --benchmark-json=bench/results/threads.json
 	pytest bench/bench_planner.py --benchmark-json=bench/results/planner.json
 	python bench/precision.py
 	python bench/time_commands.py

@@ -47,7 +47,7 @@ def main() -> int:
         json.loads((RESULTS / f"cpu_{of}.json").read_text()) for of in ("without_tiles", "amd")
     )  # by ``fasthyper bench``
     memory = json.loads((RESULTS / "memory.json").read_text())  # so, too: p100 at 100, a step, against recompute
-    planner = json.loads((RESULTS / "planner.json").read_text())
+    planner, products = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("planner", "products"))
     gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
@@ -72,9 +72,10 @@ def main() -> int:
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(entries, ceiling) + without_tiles(plain) + memory_text(memory),
+            "goals": goals_table(machines_of(cpu, entries, plain, amd, products)) + memory_text(memory),
             "planner": planner_table(planner),
-            "products": products_table(json.loads((RESULTS / "products.json").read_text())),
+            "threads": threads_text(json.loads((RESULTS / "threads.json").read_text())),
+            "products": products_table(products),
             "ablation": ablation_tables(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),
@@ -272,19 +273,41 @@ def layouts_table(layouts: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def goals_table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> str:
-    (product,) = (entry["flops_per_second"] for entry in entries if entry["what"] == "product")
-    machine = Machine(max(product.values()), rates["copy"])
-    lines = ["", "| | asked | measured | ours, ms | asked, ms | counted work, ms |", f"|{'---|' * 6}"]
+def goals_table(machines: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]) -> str:
+    """Times faster than the peer: asked, and on each machine (what of, rows, its rates) measured and at most.
+
+    At most: were our time that of the counted work at the machine's best rates.
+    """
+    lines = ["", f"| | asked | {' | '.join(machines)} |", f"|{'---|' * (2 + len(machines))}"]
     for what, workload, past, asked in GOALS:
-        (row,) = (row for row in entries if (row["what"], row.get("workload"), row.get("past")) == (what, workload, past))
-        peer, ours = row["peers"][PEER], row["ours"]["median"]
-        floor = machine.ceiling_seconds(Work(row["macs"], row["bytes"]))
-        times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (ours, peer["median"] / asked, floor))
-        lines.append(f"| {what} `{workload}` at {past} | {asked}× | {peer['ratio']:.1f}× | {times} |")
-    rate = f"{1e-9 * product['ours']:.0f} and {1e-9 * product['torch']:.0f} GFLOP/s"
-    lines += ["", f"Best float32 products of the kernels and of torch in that run: {rate}."]
+        cells = []
+        for _, rows, rates in machines.values():
+            found = [row for row in rows if (row["what"], row.get("workload"), row.get("past")) == (what, workload, past)]
+            peer = found[0]["peers"].get(PEER, {}) if found else {}
+            if "ratio" not in peer:
+                cells.append("not run")
+                continue
+            floor = Machine(rates["gemm"], rates["copy"]).ceiling_seconds(Work(found[0]["macs"], found[0]["bytes"]))
+            cells.append(f"{peer['ratio']:.1f}× of {peer['median'] / floor:.1f}×")
+        lines.append(f"| {what} `{workload}` at {past} | {asked}× | {' | '.join(cells)} |")
+    lines.append("")
+    for name, (environment, _, rates) in machines.items():
+        of_what = f"{environment['machine']}, commit {environment['commit']}, {environment['date']}"
+        lines.append(f"- {name}: {of_what}; {1e-9 * rates['gemm']:.0f} GFLOP/s, {1e-9 * rates['copy']:.0f} GB/s")
     return "\n".join([*lines, ""])
+
+
+def machines_of(
+    cpu: dict[str, Any], entries: list[dict[str, Any]], plain: dict[str, Any], amd: dict[str, Any], products: dict[str, Any]
+) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]:
+    """The machines of the goals' table; a rate of products is the best there is, torch's or that of the kernels."""
+    (of_tiles,) = (entry["flops_per_second"] for entry in entries if entry["what"] == "product")
+    with_tiles = cpu["machine_info"]["ceiling"] | {"gemm": max(of_tiles.values())}
+    return {
+        "tile units": (cpu["machine_info"], entries, with_tiles),
+        "none": (plain["environment"], plain["rows"], plain["machine"]),
+        "AMD": (amd["environment"], amd["rows"], amd["machine"] | {"gemm": max(products["flops_per_second"].values())}),
+    }
 
 
 def planner_table(planner: dict[str, Any]) -> str:
@@ -307,19 +330,11 @@ def planner_table(planner: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def without_tiles(plain: dict[str, Any]) -> str:
-    """What is reached of the goals on a machine without tile units."""
-    machine = plain["environment"]
-    ratios = [
-        f"{row['peers'][PEER]['ratio']:.1f}× ({what} `{workload}` at {past}, asked {asked}×)"
-        for what, workload, past, asked in GOALS
-        for row in plain["rows"]
-        if (row["what"], row["workload"], row["past"]) == (what, workload, past)
-    ]
-    return (
-        f"Without tile units, on {machine['machine']}, commit {machine['commit']}, {machine['date']}:\n"
-        f"{', '.join(ratios)}.\n"
-    )
+def threads_text(found: dict[str, Any]) -> str:
+    """How much faster the regularizer is with all threads than with one."""
+    machine, entries = found["machine_info"], [entry["extra_info"] for entry in found["benchmarks"]]
+    times = ", ".join(f"`{row['workload']}` at {row['past']} {row['speedup']:.2f} times" for row in entries)
+    return f"{times}\n({machine['machine']}, commit {machine['commit']}). "
 
 
 def memory_text(found: dict[str, Any]) -> str:
