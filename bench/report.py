@@ -305,7 +305,7 @@ def machines_of(
     with_tiles = cpu["machine_info"]["ceiling"] | {"gemm": max(of_tiles.values())}
     return {
         "tile units": (cpu["machine_info"], entries, with_tiles),
-        "none": (plain["environment"], plain["rows"], plain["machine"]),
+        "no tile units": (plain["environment"], plain["rows"], plain["machine"]),
         "AMD": (amd["environment"], amd["rows"], amd["machine"] | {"gemm": max(products["flops_per_second"].values())}),
     }
 
