@@ -1,4 +1,4 @@
-"""The drift in either form, over the workloads and random shapes, and what the planner's pick costs: a table, no verdict on times."""
+"""The drift in either form, over workloads and random shapes, and what the planner's pick costs: a table, no verdict."""
 
 import random
 import statistics
