@@ -334,7 +334,7 @@ def threads_text(found: dict[str, Any]) -> str:
     """How much faster the regularizer is with all threads than with one."""
     machine, entries = found["machine_info"], [entry["extra_info"] for entry in found["benchmarks"]]
     times = ", ".join(f"`{row['workload']}` at {row['past']} {row['speedup']:.2f} times" for row in entries)
-    return f"{times}\n({machine['machine']}, commit {machine['commit']}). "
+    return f"\n{times}\n({machine['machine']}, commit {machine['commit']}).\n"
 
 
 def memory_text(found: dict[str, Any]) -> str:
