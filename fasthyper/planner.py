@@ -16,9 +16,9 @@ PLAN_COLUMNS = ("task_lo", "task_hi", "chunk_lo", "chunk_hi", "col_lo", "col_hi"
 # beside multiply-adds, in units of those that narrow Gram matrices take, in registers (fitted; bench/bench_planner.py shows
 # how well): a wide one, through memory; a direct one, in thin products; each element of rows and columns, read, packed,
 # added up; each of a Gram matrix, summed in float64
-GRAM_ELEMENT, GRAM_SUM = 650, 5000
-NARROW, WIDE = 31, 1.15  # of at most this width rows and columns fit the registers; else all costs so many times as much
-DIRECT_MAC, DIRECT_ELEMENT = 2.0, 550
+GRAM_ELEMENT, GRAM_SUM = 650, 3000
+NARROW, WIDE = 71, 1.3  # of at most this width rows and columns fit the registers; else all costs so many times as much
+DIRECT_MAC, DIRECT_ELEMENT = 2.1, 500
 FEW_ROWS, FEW_MAC, FEW_ELEMENT, FEW_WIDTH = 32, 6, 40, 16  # for so few nothing is packed; widths are filled up to lanes
 
 

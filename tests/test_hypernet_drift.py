@@ -205,6 +205,28 @@ def test_hypernet_drift_of_layers_without_width_reads_nothing_that_an_earlier_ca
     assert value == pytest.approx(ops.hypernet_drift(**arguments(SHAPES["no-width"], ACTIVATIONS["relu"])).item(), rel=1e-5)
 
 
+@pytest.mark.skipif(not fh.backends()["cpu"].startswith("cpp"), reason="other kernels take all widths alike")
+@pytest.mark.parametrize("hidden", [True, False], ids=["trunk", "no-trunk"])
+@pytest.mark.parametrize("given", ["", "gram0 of columns, too"])
+def test_hypernet_drift_at_every_width_of_products_in_registers(hidden, given):
+    """Up to 71 features, whose columns fill whole vectors or leave some over; and the next wider ones."""
+    for width in range(1, 74):
+        shape = (3, 7 * 130 - 5, 130, width - width // 2, width // 2, (3, width) if hidden else ())
+        args = arguments(shape, ACTIVATIONS["elu"], torch.float32, form="gram")
+        weight, gram0 = torch.full((3,), 1 / 3), None
+        if given:
+            h0 = run_trunk(args["theta0"], args["embeddings0"], ACTIVATIONS["elu"]).features
+            of_rows, of_columns = (
+                reference.gram0(h0, weight, args["plan"]),
+                reference.basis_gram0(args["theta0"][-1], args["plan"]),
+            )
+            gram0 = torch.cat([of_rows, of_columns])
+        value, grads, grad_embeddings = ops.hypernet_drift_value_and_grad(**args, weight=weight, gram0=gram0)
+        want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["elu"], args, weight)
+        for have, want in zip([value, *grads, grad_embeddings], [want_value, *want_grads], strict=True):
+            assert oracle.relative_error(have, want) < 1e-5, width
+
+
 def test_hypernet_drift_names_what_is_wrong():
     args = arguments(SHAPES["two-layers"], ACTIVATIONS["elu"])
     for changed, error, message in (

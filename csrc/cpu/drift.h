@@ -18,6 +18,7 @@
 namespace fasthyper {
 
 constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
+constexpr int64_t kNarrowColumns = 960;           // columns that one thread multiplies in registers at a time
 constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
 constexpr int64_t kRowTile = 256;                 // rows at a time: their part of the trunk lies in the second-level cache
 constexpr int64_t kRowsKept = 4;                  // rows are kept where there are so many times as many columns
@@ -620,8 +621,8 @@ class Drift {
   // Runs body(worker, lo, y) over tiles of the columns [lo, hi)
   template <typename Body>
   std::vector<ColumnWorker> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
-    const int64_t tile =
-        parts_ && full_ > narrow::kWidest ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
+    const int64_t packed = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
+    const int64_t tile = is_narrow(full_, width_ + 1, parts_) ? kNarrowColumns : packed;
     return for_tiles<ColumnWorker>(
         hi - lo, tile, [&] { return ColumnWorker(*this); },
         [&](ColumnWorker& worker, int64_t start, int64_t length) {

@@ -133,14 +133,14 @@ void backward(const std::vector<Tensor>& grads, const Tensor& ha, const Tensor& 
 
 void narrow_backward(const std::vector<Tensor>& grads, const Tensor& ha, const Tensor& basis, float* grad_ha,
                      float* grad_basis) {
-  const int64_t num_chunks = ha.size(0), width = ha.size(1), size = num_chunks * narrow::kWidest;
+  const int64_t num_chunks = ha.size(0), width = ha.size(1), size = num_chunks * narrow::kFeatures;
   struct Worker {
     Memory grad, sum;
   };
   Memory memory;
   float* padded = memory.get<float>(size);
   std::fill_n(padded, size, 0.0f);
-  put_block<false>(num_chunks, width, const_data<float>(ha), width, padded, narrow::kWidest);
+  put_block<false>(num_chunks, width, const_data<float>(ha), width, padded, narrow::kFeatures);
   const auto make = [&] {
     Worker worker;
     std::fill_n(worker.sum.get<double>(size), size, 0.0);
@@ -152,7 +152,7 @@ void narrow_backward(const std::vector<Tensor>& grads, const Tensor& ha, const T
                               grad.data, grad.row_stride, grad_basis + first * width, worker.sum.data<double>());
       });
   for (const Worker& worker : workers)
-    put_block<true>(num_chunks, width, worker.sum.data<double>(), narrow::kWidest, grad_ha, width);
+    put_block<true>(num_chunks, width, worker.sum.data<double>(), narrow::kFeatures, grad_ha, width);
 }
 
 std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h, Tensor basis) {
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> generate_bwd_cpu(std::vector<Tensor> grads, Tensor h,
     using scalar_t = decltype(zero);
     const int64_t parts = parts_for<scalar_t>(h);
     if constexpr (std::is_same_v<scalar_t, float>)
-      if (parts == 0 && ha.size(0) >= kFewest && ha.size(1) <= narrow::kWidest && narrow::available())
+      if (parts == 0 && ha.size(0) >= kFewest && ha.size(1) <= narrow::kFeatures && narrow::available())
         return narrow_backward(grads, ha, basis, data<float>(grad_ha), data<float>(grad_basis));
     backward(grads, ha, basis, parts, data<scalar_t>(grad_ha), data<scalar_t>(grad_basis));
   });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -14,70 +15,39 @@
 namespace fasthyper::narrow {
 namespace {
 
-using avx512::clear;
 using avx512::first;
-using avx512::multiply_block;
+using avx512::in_shares;
 
-constexpr int64_t kTile = 128;   // rows that stay in the first-level cache: as many sums in float32 before one in float64
-constexpr int kRest = 6;         // columns behind whole vectors that are made as rows
-constexpr int kProductRows = 8;  // rows of a block of a product
+constexpr int64_t kRoom = 8192;    // floats of a tile, which stays in the first-level cache
+constexpr int64_t kHighest = 120;  // rows of a tile: as many sums in float32 before one in float64
+constexpr int64_t kEven = 24;      // and a multiple of this, of which the rows of all blocks are shares
+constexpr int64_t kRest = 12;      // most columns behind whole vectors that are made as rows, of a Gram matrix
+constexpr int64_t kLast = 3;       // or one by one, of a product
+constexpr int64_t kVectors = 4;    // most of a block
 
-// One pair; behind it anything
-inline void write_row(const float* first_row, const float* second_row, const float* minus_row, int64_t first_cols,
-                      int64_t second_cols, float* to) {
-  for (int64_t j = 0; j < first_cols; j += 16) {
-    const __mmask16 mask = first(first_cols - j);
-    _mm512_mask_storeu_ps(to + j, mask, _mm512_maskz_loadu_ps(mask, first_row + j));
-  }
-  for (int64_t j = 0; j < second_cols; j += 16) {
-    const __mmask16 mask = first(second_cols - j);
-    __m512 value = _mm512_maskz_loadu_ps(mask, second_row + j);
-    if (minus_row) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(mask, minus_row + j));
-    _mm512_mask_storeu_ps(to + first_cols + j, mask, value);
-  }
-}
+constexpr int64_t count(int64_t n) { return (n + 15) / 16; }
 
-// Pairs with minus, of vectors that are read and written whole: not for the last rows, behind which nothing may be read
-template <int vectors>
-void write_whole(const float* p, const float* q, const float* minus, int64_t stride, int64_t first_cols, int64_t length,
-                 float* to) {
-  for (int64_t i = 0; i < length; ++i, p += stride, q += stride, minus += stride, to += kWidest) {
-    __m512 a[vectors], b[vectors];
-    for (int z = 0; z < vectors; ++z) {
-      a[z] = _mm512_loadu_ps(p + 16 * z);
-      b[z] = _mm512_sub_ps(_mm512_loadu_ps(q + 16 * z), _mm512_loadu_ps(minus + 16 * z));
-    }
-    for (int z = 0; z < vectors; ++z) _mm512_storeu_ps(to + 16 * z, a[z]);
-    for (int z = 0; z < vectors; ++z) _mm512_storeu_ps(to + first_cols + 16 * z, b[z]);
-  }
-}
+// Rows of a block, whose sums are in registers
+constexpr int most_rows(int64_t vectors) { return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6; }
 
-// Up to kTile pairs, kWidest apart; behind each anything
-void write(const Rows& x, int64_t start, int64_t length, float* to) {
-  const float *p = x.first + start * x.stride, *q = x.second + start * x.stride;
-  const float* minus = x.minus ? x.minus + start * x.stride : nullptr;
-  int64_t i = 0;
-  const int64_t reach = 32 - std::min(x.first_cols, x.second_cols);  // read behind a row
-  if (minus && x.first_cols > 16 && x.second_cols > 16 && x.second_cols <= 32 && x.first_cols + 32 <= kWidest) {
-    const int64_t safe = start + length == x.num_rows ? length - reach / x.stride - 1 : length;
-    i = std::max<int64_t>(0, std::min(safe, length));
-    write_whole<2>(p, q, minus, x.stride, x.first_cols, i, to);
+// Whole vectors of columns, and how many columns are left behind them
+struct Split {
+  int64_t vectors, rest;
+  Split(int64_t num_cols, int64_t most_rest) : vectors(num_cols / 16), rest(num_cols % 16) {
+    if (rest > most_rest || vectors == 0) vectors = count(num_cols), rest = 0;
   }
-  for (; i < length; ++i)
-    write_row(p + i * x.stride, q + i * x.stride, minus ? minus + i * x.stride : nullptr, x.first_cols, x.second_cols,
-              to + i * kWidest);
-}
+};
 
 // What comes after a tile, in memory: asked for while the tile is multiplied, line by line, so that its reading is hidden
 struct Ahead {
   const char *first = nullptr, *second = nullptr;
   int64_t num_bytes = 0, at = 0;
 
-  Ahead(const Rows& x, int64_t start) {
+  Ahead(const Rows& x, int64_t start, int64_t length) {
     if (start >= x.num_rows) return;
     first = reinterpret_cast<const char*>(x.first + start * x.stride);
     second = reinterpret_cast<const char*>((x.minus ? x.minus : x.second) + start * x.stride);
-    num_bytes = std::min(kTile, x.num_rows - start) * x.stride * int64_t(sizeof(float));
+    num_bytes = std::min(length, x.num_rows - start) * x.stride * int64_t(sizeof(float));
   }
 
   void ask() {
@@ -88,125 +58,164 @@ struct Ahead {
   }
 };
 
-// rows x 16 vectors of X'X, from a row and a vector of columns on; of them num_rows and the columns before num_cols count.
-// Turned, they go to their place above the diagonal.
-template <int rows, int vectors>
-void gram_block(const float* x, int64_t length, int64_t row, int64_t vector, int64_t num_rows, int64_t num_cols,
-                int64_t width, bool turned, bool adds, Ahead& ahead, double* sum) {
+// Rows of pairs, ``pitch`` apart, the second columns before the first ones, behind them zeros
+struct Tile {
+  const float* data;
+  int64_t pitch, length, first_cols, second_cols;
+  int64_t width() const { return first_cols + second_cols; }
+};
+
+class Writer {
+ public:
+  explicit Writer(const Rows& x)
+      : x_(x),
+        pitch_(16 * count(x.first_cols + x.second_cols)),
+        height_(std::min(kHighest, kRoom / pitch_ / kEven * kEven)) {}
+
+  int64_t height() const { return height_; }
+
+  // A tile from row ``start`` on. ordered: the first columns come first, and all are second ones.
+  Tile write(int64_t start, bool ordered = false) {
+    const int64_t length = std::min(height_, x_.num_rows - start), width = x_.first_cols + x_.second_cols;
+    const Part first{x_.first, nullptr, x_.first_cols, ordered ? 0 : x_.second_cols};
+    const Part second{x_.second, x_.minus, x_.second_cols, ordered ? x_.first_cols : 0};
+    put(ordered ? first : second, start, length, false);
+    put(ordered ? second : first, start, length, true);
+    return {data_, pitch_, length, ordered ? 0 : x_.first_cols, ordered ? width : x_.second_cols};
+  }
+
+ private:
+  struct Part {
+    const float *from, *minus;
+    int64_t num_cols, to;
+  };
+
+  void put(const Part& part, int64_t start, int64_t num_rows, bool is_last) {
+    const int64_t at = start * x_.stride;
+    in_shares(count(part.num_cols), kVectors, [&](int64_t vector, int64_t vectors) {
+      const int64_t j = 16 * vector;
+      const float* minus = part.minus ? part.minus + at + j : nullptr;
+      const auto run = vectors == 1 ? put_rows<1> : vectors == 2 ? put_rows<2> : vectors == 3 ? put_rows<3> : put_rows<4>;
+      run(part.from + at + j, minus, x_.stride, part.num_cols - j, num_rows, is_last, data_ + part.to + j, pitch_);
+    });
+  }
+
+  // Vectors are written whole if what is behind them is written later
+  template <int vectors>
+  static void put_rows(const float* from, const float* minus, int64_t stride, int64_t num_cols, int64_t num_rows,
+                       bool is_last, float* to, int64_t pitch) {
+    const __mmask16 read = first(num_cols - 16 * (vectors - 1)), written = is_last ? read : __mmask16(0xffff);
+    const auto run = [&](auto has_minus) {
+      for (int64_t i = 0; i < num_rows; ++i, from += stride, to += pitch) {
+        __m512 value[vectors];
+        for (int z = 0; z < vectors; ++z) {
+          const __mmask16 mask = z == vectors - 1 ? read : __mmask16(0xffff);
+          value[z] = _mm512_maskz_loadu_ps(mask, from + 16 * z);
+          if constexpr (has_minus) value[z] = _mm512_sub_ps(value[z], _mm512_maskz_loadu_ps(mask, minus + 16 * z));
+        }
+        for (int z = 0; z < vectors - 1; ++z) _mm512_storeu_ps(to + 16 * z, value[z]);
+        _mm512_mask_storeu_ps(to + 16 * (vectors - 1), written, value[vectors - 1]);
+        if constexpr (has_minus) minus += stride;
+      }
+    };
+    minus ? run(std::true_type()) : run(std::false_type());
+  }
+
+  const Rows& x_;
+  const int64_t pitch_, height_;
+  alignas(64) float data_[kRoom] = {};
+};
+
+// out [rows, num_cols] of sums over a depth of vectors, ``stride`` apart, times a factor of each row. across: factors of one
+// depth lie side by side, those of the next ``step`` on; else it is the other way around.
+template <bool across, int rows, int vectors>
+void block(int64_t depth, const float* factor, int64_t step, const float* vector, int64_t stride, int64_t num_cols,
+           Ahead& ahead, float* out, int64_t out_stride) {
   __m512 acc[rows][vectors];
-  clear(acc);
-  multiply_block(length, x + row, 1, kWidest, x + 16 * vector, kWidest, ahead, acc);
-  for (int r = 0; r < num_rows; ++r) {
-    alignas(64) float line[16 * vectors];
-    for (int z = 0; z < vectors; ++z) _mm512_store_ps(line + 16 * z, acc[r][z]);
-    const int64_t count = std::min<int64_t>(16 * vectors, num_cols - 16 * vector);
-    if (turned) {
-      double* to = sum + 16 * vector * width + row + r;
-      for (int64_t j = 0; j < count; ++j) to[j * width] = (adds ? to[j * width] : 0) + line[j];
-    } else if (adds) {
-      double* to = sum + (row + r) * width + 16 * vector;
-      for (int64_t j = 0; j < count; ++j) to[j] += line[j];
-    } else {
-      std::copy_n(line, count, sum + (row + r) * width + 16 * vector);
-    }
-  }
-}
-
-// Whole vectors of columns, block row by block row from the diagonal on; the few columns behind them as rows
-void gram_tile(const float* x, int64_t length, int64_t width, int64_t known, bool adds, Ahead& ahead, double* sum) {
-  int64_t vectors = width / 16, rest = width % 16;
-  if (rest > kRest) ++vectors, rest = 0;
-  const int64_t height = width - rest;
-  for (int64_t row = 0; row < height;) {
-    const int64_t from = std::max(row, row < known ? known : 0) / 16, rows = vectors - from == 4 ? 4 : 8;
-    const auto run = vectors - from == 4   ? gram_block<4, 4>
-                     : vectors - from == 3 ? gram_block<8, 3>
-                     : vectors - from == 2 ? gram_block<8, 2>
-                                           : gram_block<8, 1>;
-    run(x, length, row, from, std::min(rows, height - row), height, width, false, adds, ahead, sum);
-    row += rows;
-  }
-  if (rest)
-    (rest <= kRest / 2 ? gram_block<kRest / 2, 4> : gram_block<kRest, 4>)(x, length, height, 0, rest, width, width, true,
-                                                                          adds, ahead, sum);
-}
-
-// The columns of out that there are
-template <int rows, int vectors>
-inline void put(const __m512 (&acc)[rows][vectors], int64_t num_cols, float* out, int64_t stride) {
-  for (int z = 0; z < vectors; ++z) {
-    const __mmask16 mask = first(num_cols - 16 * z);
-    if (!mask) break;
-    for (int r = 0; r < rows; ++r) _mm512_mask_storeu_ps(out + r * stride + 16 * z, mask, acc[r][z]);
-  }
-}
-
-template <int rows>
-inline void product_rows(const float* x, const float* right, int64_t depth, int64_t num_cols, Ahead& ahead, float* out,
-                         int64_t stride) {
-  __m512 acc[rows][kColumns / 16];
-  clear(acc);
-  multiply_block(depth, x, kWidest, 1, right, kColumns, ahead, acc);
-  put(acc, num_cols, out, stride);
-}
-
-void product_tile(const float* tile, int64_t start, int64_t length, int64_t depth, const Product& product, Ahead& ahead) {
-  float* out = product.out + start * product.stride;
-  int64_t i = 0;
-  for (; i + kProductRows <= length; i += kProductRows)
-    product_rows<kProductRows>(tile + i * kWidest, product.right, depth, product.num_cols, ahead, out + i * product.stride,
-                               product.stride);
-  for (; i < length; ++i)
-    product_rows<1>(tile + i * kWidest, product.right, depth, product.num_cols, ahead, out + i * product.stride,
-                    product.stride);
-}
-
-// A tile's gradient of the basis, ``rows`` of its columns at a time
-template <int rows, int vectors>
-int64_t basis_block(const Chunks& ha, int64_t start, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead,
-                    float* grad_basis) {
-  for (; start + rows <= num_cols; start += rows) {
-    __m512 acc[rows][vectors];
-    clear(acc);
-    multiply_block(ha.num_chunks, grad + start, 1, grad_stride, ha.data, kWidest, ahead, acc);
-    put(acc, ha.width, grad_basis + start * ha.width, ha.width);
-  }
-  return start;
-}
-
-// A tile's part of some chunks' gradient of [h | 1], added to the sum
-template <int rows, int vectors>
-void features_block(const float* tile, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead, double* sum) {
-  __m512 acc[rows][vectors];
-  clear(acc);
-  multiply_block(num_cols, grad, grad_stride, 1, tile, kWidest, ahead, acc);
-  for (int r = 0; r < rows; ++r)
+  avx512::clear(acc);
+  avx512::multiply_block(depth, factor, across ? 1 : step, across ? step : 1, vector, stride, ahead, acc);
+  const bool is_whole = num_cols >= 16 * vectors;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r, out += out_stride) {
+#pragma GCC unroll 4
     for (int z = 0; z < vectors; ++z) {
-      alignas(64) float line[16];
-      _mm512_store_ps(line, acc[r][z]);
-      for (int j = 0; j < 16; ++j) sum[r * kWidest + 16 * z + j] += line[j];
+      if (is_whole)
+        _mm512_storeu_ps(out + 16 * z, acc[r][z]);
+      else
+        _mm512_mask_storeu_ps(out + 16 * z, first(num_cols - 16 * z), acc[r][z]);
     }
+  }
 }
 
-// Of a block, whose sums are in registers
-constexpr int most_rows(int vectors) { return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6; }
+using Blocks = std::array<decltype(&block<true, 1, 1>), most_rows(1)>;
 
-using FeaturesBlock = decltype(&features_block<1, 1>);
-
-template <int vectors, int... rows>
-constexpr std::array<FeaturesBlock, sizeof...(rows)> features_blocks(std::integer_sequence<int, rows...>) {
-  return {features_block<rows + 1, vectors>...};
+template <bool across, int vectors, int... rows>
+constexpr Blocks blocks(std::integer_sequence<int, rows...>) {
+  return {block<across, rows + 1, vectors>...};
 }
 
-template <int vectors>
-void back_tile(const Chunks& ha, const float* tile, int64_t num_cols, const float* grad, int64_t grad_stride, Ahead& ahead,
-               float* grad_basis, double* grad_ha) {
-  constexpr auto blocks = features_blocks<vectors>(std::make_integer_sequence<int, most_rows(vectors)>());
-  avx512::in_shares(ha.num_chunks, most_rows(vectors), [&](int64_t n, int64_t count) {
-    blocks[count - 1](tile, num_cols, grad + n * grad_stride, grad_stride, ahead, grad_ha + n * kWidest);
+template <bool across, int... vectors>
+constexpr std::array<Blocks, kVectors> all_blocks(std::integer_sequence<int, vectors...>) {
+  return {blocks<across, vectors + 1>(std::make_integer_sequence<int, most_rows(vectors + 1)>())...};
+}
+
+// body(row, num_rows, vector, num_vectors, run) for the blocks of a product, which ``run`` makes
+template <bool across, typename Body>
+void for_blocks(int64_t num_rows, int64_t num_vectors, const Body& body) {
+  static constexpr auto all = all_blocks<across>(std::make_integer_sequence<int, kVectors>());
+  in_shares(num_vectors, kVectors, [&](int64_t vector, int64_t vectors) {
+    in_shares(num_rows, most_rows(vectors),
+              [&](int64_t row, int64_t rows) { body(row, rows, vector, vectors, all[vectors - 1][rows - 1]); });
   });
-  const int64_t done = basis_block<vectors == 4 ? 4 : 8, vectors>(ha, 0, num_cols, grad, grad_stride, ahead, grad_basis);
-  basis_block<1, vectors>(ha, done, num_cols, grad, grad_stride, ahead, grad_basis);
+}
+
+// Of the second columns whole vectors, met by their own rows from the diagonal on and by those of the first columns; the few
+// columns behind them as rows that meet all. Rows and columns of the sum are a tile's.
+void gram_tile(const Tile& x, double* sum, Ahead& ahead) {
+  const auto rows = [&](int64_t row, int64_t num_rows, int64_t lo, int64_t hi) {
+    for_blocks<true>(num_rows, hi - lo, [&](int64_t r, int64_t rows, int64_t z, int64_t vectors, auto block) {
+      alignas(64) float made[most_rows(2) * 2 * 16];
+      static_assert(most_rows(3) * 3 <= most_rows(2) * 2 && most_rows(4) * 4 <= most_rows(2) * 2);
+      const int64_t first = row + r, col = 16 * (lo + z), length = 16 * vectors;
+      block(x.length, x.data + first, x.pitch, x.data + col, x.pitch, length, ahead, made, length);
+      for (int64_t i = 0; i < rows; ++i) {
+        double* to = sum + (first + i) * x.pitch + col;
+        for (int64_t j = 0; j < length; ++j) to[j] += made[i * length + j];
+      }
+    });
+  };
+  const Split split(x.second_cols, kRest);
+  const int64_t height = x.second_cols - split.rest;
+  for (int64_t z = 0; z < split.vectors; ++z) rows(16 * z, std::min<int64_t>(16, height - 16 * z), z, split.vectors);
+  rows(x.second_cols, x.first_cols, 0, split.vectors);
+  rows(height, split.rest, 0, x.pitch / 16);
+}
+
+// The last columns of a product, of which pack() has made rows
+template <int cols>
+void last_columns(const Tile& x, const float* right, float* out, int64_t stride) {
+  const float* row = x.data;
+  for (int64_t i = 0; i < x.length; ++i, row += x.pitch, out += stride) {
+    __m512 acc[1][cols];
+    avx512::clear(acc);
+    for (int64_t k = 0; k < x.pitch; k += 16) {
+      const __m512 value = _mm512_load_ps(row + k);
+      for (int c = 0; c < cols; ++c) acc[0][c] = _mm512_fmadd_ps(value, _mm512_load_ps(right + c * x.pitch + k), acc[0][c]);
+    }
+    for (int c = 0; c < cols; ++c) out[c] = _mm512_reduce_add_ps(acc[0][c]);
+  }
+}
+
+void product_tile(const Tile& x, int64_t start, const Product& product, Ahead& ahead) {
+  const Split split(product.num_cols, kLast);
+  const int64_t pitch = 16 * split.vectors, whole = product.num_cols - split.rest;
+  float* out = product.out + start * product.stride;
+  for_blocks<false>(x.length, split.vectors, [&](int64_t r, int64_t, int64_t z, int64_t, auto block) {
+    block(x.width(), x.data + r * x.pitch, x.pitch, product.right + 16 * z, pitch, whole - 16 * z, ahead,
+          out + r * product.stride + 16 * z, product.stride);
+  });
+  constexpr decltype(&last_columns<1>) last[] = {last_columns<1>, last_columns<2>, last_columns<3>};
+  if (split.rest) last[split.rest - 1](x, product.right + x.width() * pitch, out + whole, product.stride);
 }
 
 }  // namespace
@@ -216,39 +225,81 @@ bool available() {
   return is_available;
 }
 
-void gram(const Rows& x, int64_t known, bool adds, double* sum, const Product& product) {
-  alignas(64) float tile[kTile * kWidest] = {};
-  const int64_t width = x.first_cols + x.second_cols;
-  for (int64_t start = 0; start < x.num_rows; start += kTile, adds = true) {
-    const int64_t length = std::min(kTile, x.num_rows - start);
-    write(x, start, length, tile);
-    Ahead ahead(x, start + length);
-    gram_tile(tile, length, width, known, adds, ahead, sum);
-    if (product.right) product_tile(tile, start, length, width, product, ahead);
+int64_t sum_size(int64_t width) { return width * 16 * count(width); }
+
+void gram(const Rows& x, bool is_known, double* sum, const Product& product) {
+  Writer writer(x);
+  for (int64_t start = 0; start < x.num_rows; start += writer.height()) {
+    Tile tile = writer.write(start, !is_known);
+    Ahead ahead(x, start + tile.length, tile.length);
+    Ahead nothing(x, x.num_rows, 0);
+    gram_tile(tile, sum, product.right ? nothing : ahead);
+    if (!product.right) continue;
+    if (!is_known) tile = writer.write(start);
+    product_tile(tile, start, product, ahead);
+  }
+}
+
+void finish(const double* sum, int64_t first_cols, int64_t second_cols, bool is_known, double* out) {
+  const int64_t width = first_cols + second_cols, pitch = 16 * count(width);
+  if (!is_known) first_cols = 0, second_cols = width;
+  const int64_t height = second_cols - Split(second_cols, kRest).rest;
+  const auto place = [&](int64_t col) { return col < second_cols ? first_cols + col : col - second_cols; };
+  for (int64_t i = 0; i < width; ++i, sum += pitch) {
+    if (height <= i && i < second_cols)
+      for (int64_t j = 0; j < width; ++j) out[place(j) * width + place(i)] = sum[j];
+    else
+      std::copy(sum + (i < height ? i : 0), sum + height, out + place(i) * width + first_cols + (i < height ? i : 0));
   }
 }
 
 void multiply(const Rows& x, const Product& product) {
-  alignas(64) float tile[kTile * kWidest];
-  for (int64_t start = 0; start < x.num_rows; start += kTile) {
-    const int64_t length = std::min(kTile, x.num_rows - start);
-    write(x, start, length, tile);
-    Ahead ahead(x, start + length);
-    product_tile(tile, start, length, x.first_cols + x.second_cols, product, ahead);
+  Writer writer(x);
+  for (int64_t start = 0; start < x.num_rows; start += writer.height()) {
+    const Tile tile = writer.write(start);
+    Ahead ahead(x, start + tile.length, tile.length);
+    product_tile(tile, start, product, ahead);
+  }
+}
+
+int64_t packed_size(int64_t num_rows, int64_t num_cols) {
+  const Split split(num_cols, kLast);
+  return num_rows * 16 * split.vectors + split.rest * 16 * count(num_rows);
+}
+
+// Rows as a tile's columns are, the last columns as rows behind them
+void pack(const float* from, int64_t row_stride, int64_t col_stride, int64_t num_rows, int64_t num_cols, int64_t split,
+          float* to) {
+  const Split cols(num_cols, kLast);
+  const int64_t pitch = 16 * cols.vectors, whole = num_cols - cols.rest, depth = 16 * count(num_rows);
+  float* last = to + num_rows * pitch;
+  std::fill_n(to, packed_size(num_rows, num_cols), 0.0f);
+  for (int64_t i = 0; i < num_rows; ++i, from += row_stride) {
+    const int64_t at = i < split ? num_rows - split + i : i - split;
+    for (int64_t j = 0; j < whole; ++j) to[at * pitch + j] = from[j * col_stride];
+    for (int64_t j = whole; j < num_cols; ++j) last[(j - whole) * depth + at] = from[j * col_stride];
   }
 }
 
 void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const float* grad, int64_t grad_stride,
                    float* grad_basis, double* grad_ha) {
-  alignas(64) float tile[kTile * kWidest] = {};
-  const Rows all{basis, basis, nullptr, num_cols, ha.width, 0, ha.width};
-  const int64_t vectors = (ha.width + 15) / 16;
-  const auto back = vectors == 1 ? back_tile<1> : vectors == 2 ? back_tile<2> : vectors == 3 ? back_tile<3> : back_tile<4>;
-  for (int64_t start = 0; start < num_cols; start += kTile) {
-    const int64_t length = std::min(kTile, num_cols - start);
-    write(all, start, length, tile);
-    Ahead ahead(all, start + length);
-    back(ha, tile, length, grad + start, grad_stride, ahead, grad_basis + start * ha.width, grad_ha);
+  const Rows all{basis, basis, nullptr, num_cols, 0, ha.width, ha.width};
+  const int64_t vectors = count(ha.width);
+  Writer writer(all);
+  for (int64_t start = 0; start < num_cols; start += writer.height()) {
+    const Tile tile = writer.write(start);
+    Ahead ahead(all, start + tile.length, tile.length);
+    for_blocks<false>(ha.num_chunks, vectors, [&](int64_t n, int64_t rows, int64_t, int64_t, auto block) {
+      alignas(64) float made[most_rows(1) * kFeatures];
+      block(tile.length, grad + start + n * grad_stride, grad_stride, tile.data, tile.pitch, 16 * vectors, ahead, made,
+            kFeatures);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < 16 * vectors; ++j) grad_ha[(n + i) * kFeatures + j] += made[i * kFeatures + j];
+    });
+    for_blocks<true>(tile.length, vectors, [&](int64_t col, int64_t, int64_t, int64_t, auto block) {
+      block(ha.num_chunks, grad + start + col, grad_stride, ha.data, kFeatures, ha.width, ahead,
+            grad_basis + (start + col) * ha.width, ha.width);
+    });
   }
 }
 
@@ -259,8 +310,12 @@ void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const
 namespace fasthyper::narrow {
 
 bool available() { return false; }
-void gram(const Rows&, int64_t, bool, double*, const Product&) {}
+int64_t sum_size(int64_t) { return 0; }
+void gram(const Rows&, bool, double*, const Product&) {}
+void finish(const double*, int64_t, int64_t, bool, double*) {}
 void multiply(const Rows&, const Product&) {}
+int64_t packed_size(int64_t, int64_t) { return 0; }
+void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
 void generate_back(const Chunks&, const float*, int64_t, const float*, int64_t, float*, double*) {}
 
 }  // namespace fasthyper::narrow

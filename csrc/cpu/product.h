@@ -16,6 +16,8 @@
 
 namespace fasthyper {
 
+constexpr int64_t kWidestBesideTiles = 64;  // pairs multiplied in AVX-512 registers where there are tile units
+
 // A view; one of the strides is 1
 template <typename T>
 struct Matrix {
@@ -99,6 +101,13 @@ FASTHYPER_VECTOR_CLONES void write_pair(Pair<T> pair, T* __restrict__ to) {
   }
 }
 
+// Whether pairs so wide, or right factors, are multiplied in registers as they are read. Tile units are faster than those
+// from a width on.
+inline bool is_narrow(int64_t width, int64_t num_cols, int64_t parts) {
+  const bool has_tiles = 0 < parts && parts < panels::kWhole;
+  return width <= (has_tiles ? kWidestBesideTiles : narrow::kWidest) && num_cols <= narrow::kColumns && narrow::available();
+}
+
 inline narrow::Rows as_rows(Pair<float> x) {
   return {x.first, x.second, x.minus, x.num_rows, x.first_cols, x.second_cols, x.stride};
 }
@@ -126,8 +135,11 @@ class RightFactor {
     b_ = b;
     is_narrow_ = false;
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (split > 0 && b.num_rows <= narrow::kWidest && b.num_cols <= narrow::kColumns && narrow::available())
-        return pack_narrow(b);
+      if (split > 0 && fasthyper::is_narrow(b.num_rows, b.num_cols, parts_)) {
+        is_narrow_ = true;
+        float* to = memory_.get<float>(narrow::packed_size(b.num_rows, b.num_cols));
+        return narrow::pack(b.data, b.row_stride, b.col_stride, b.num_rows, b.num_cols, split, to);
+      }
       if (parts_ == 0) return;
       depth_ = padded(split) + b.num_rows - split;
       const Matrix<const float> rest = b.rows(split, b.num_rows - split);
@@ -196,15 +208,6 @@ class RightFactor {
   int64_t part_bytes(int64_t depth) const { return panels::bytes(depth, parts_); }
   int64_t panel() const { return part_bytes(depth_); }
   void pack_panels(const panels::Source& source, char* to) const { panels::pack_right(source, parts_, to, panel()); }
-
-  void pack_narrow(Matrix<const float> b) {
-    is_narrow_ = true;
-    float* to = memory_.get<float>(b.num_rows * narrow::kColumns);
-    for (int64_t i = 0; i < b.num_rows; ++i, to += narrow::kColumns) {
-      std::fill_n(to, narrow::kColumns, 0.0f);
-      for (int64_t j = 0; j < b.num_cols; ++j) to[j] = b.data[i * b.row_stride + j * b.col_stride];
-    }
-  }
 
   // One panel of the left factor after the other meets all of the right one, which stays in the second-level cache
   template <typename Result, typename PackLeft>
@@ -278,7 +281,7 @@ class GramSum {
   // weight of each row; null: 1
   void add(Pair<scalar_t> x, const scalar_t* weight, Workspace& space) {
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!weight && width_ <= narrow::kWidest && narrow::available()) return add_narrow(x, nullptr, {});
+      if (!weight && is_narrow(width_, 0, parts_)) return add_narrow(x, nullptr, {});
       if (parts_) {
         for (int64_t i = 0; i < x.num_rows; i += kDepth)
           append(x.rows(i, std::min(kDepth, x.num_rows - i)), weight ? weight + i : nullptr, space);
@@ -290,9 +293,11 @@ class GramSum {
 
   // Also out = X right, unless right is null
   void add_narrow(Pair<float> x, const float* right, Matrix<float> out) {
-    double* sum = gram_.get<double>(width_ * width_);
-    narrow::gram(as_rows(x), known_, is_set_, sum, {right, out.num_cols, out.data, out.row_stride});
-    is_set_ = true;
+    const int64_t size = narrow::sum_size(width_);
+    double* sum = narrow_.get<double>(size);
+    if (!is_narrow_) std::fill_n(sum, size, 0.0);
+    is_narrow_ = true;
+    narrow::gram(as_rows(x), known_ > 0, sum, {right, out.num_cols, out.data, out.row_stride});
   }
 
   // A sum [width, width] that was made elsewhere
@@ -305,6 +310,9 @@ class GramSum {
   void finish(Workspace& space) {
     if constexpr (std::is_same_v<scalar_t, float>)
       if (filled_) flush(space);
+    if (!is_narrow_) return;
+    narrow::finish(narrow_.data<double>(), first_, width_ - first_, known_ > 0, gram_.get<double>(width_ * width_));
+    is_set_ = true;
   }
 
   // [width, or as many rows as are made, width], finished; null where nothing was added
@@ -401,8 +409,8 @@ class GramSum {
   }
 
   int64_t parts_, first_, width_, height_, known_;
-  Memory gram_, right_;
-  bool is_set_ = false;
+  Memory gram_, right_, narrow_;  // the last one the sum of what was added in registers
+  bool is_set_ = false, is_narrow_ = false;
   int64_t filled_ = 0;  // rows, padded
   bool negative_[kDepth];
 };
