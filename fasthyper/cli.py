@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 import fasthyper
+from fasthyper import vision
 from fasthyper.bench.verbs import add_verbs
 from fasthyper.checkpoint import SAVE_EVERY, holds_run, read_results
 from fasthyper.distributed import Ranks, join
@@ -328,7 +329,8 @@ def _doctor(args: argparse.Namespace) -> None:
     for package, extra in _OPTIONAL.items():
         have = importlib.util.find_spec(package) is not None
         fix = f"pip install 'fasthyper[{extra}]'" if extra else f"pip install {package}"
-        facts.append((package, "installed" if have else "not installed", "" if have else fix))
+        trouble = vision.trouble() if package == "torchvision" else ""
+        facts.append((package, "installed" if have else "not installed", trouble if have else fix))
     for name in fetch.DATASETS:
         fix = f"fasthyper data fetch {name}" if fetch.DATASETS[name].sources else "fasthyper data"
         found, fix = ("missing", fix) if fetch.missing(name) else ("complete", "")
@@ -337,7 +339,7 @@ def _doctor(args: argparse.Namespace) -> None:
         print(json.dumps({name: {"found": found, "note": note} for name, found, note in facts}))
         return
     for name, found, note in facts:
-        print(f"{name:<14}{found}{f'   ({note})' if note else ''}")
+        print(f"{name:<15}{found}{f'   ({note})' if note else ''}")
 
 
 def _data(args: argparse.Namespace) -> None:

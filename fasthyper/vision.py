@@ -34,3 +34,12 @@ def torchvision() -> ModuleType:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # half imported
     return importlib.import_module("torchvision")
+
+
+def trouble() -> str:
+    """What is wrong with the ``torchvision`` that is installed, in a line; empty where nothing is."""
+    try:
+        torchvision()
+    except (ImportError, RuntimeError) as error:
+        return str(error).partition("\n")[0]
+    return "built for another torch: import it by fasthyper.vision.torchvision()" if _stand_ins else ""

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it prints, what it leaves, how it ends."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -38,10 +39,12 @@ def test_list_shows_every_recipe(capsys):
     assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)] == list(RECIPES)
 
 
-def test_doctor_says_what_serves(capsys):
+def test_doctor_says_what_serves(capsys, monkeypatch):
+    monkeypatch.setattr("fasthyper.vision.trouble", lambda: "built for another torch")
     assert cli("doctor") == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("torch", "ops on cpu", "data mnist"))
+    assert all(word in out for word in ("torch ", "ops on cpu ", "data mnist ", "data cifar-100 "))
+    assert "built for another torch" in out or importlib.util.find_spec("torchvision") is None
     assert cli("doctor", "--json") == 0
     assert "torch" in json.loads(capsys.readouterr().out)
 

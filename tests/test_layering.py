@@ -85,7 +85,7 @@ ALLOWED = {
     },
     "cli": {
         *("bench", "checkpoint", "distributed", "environment", "errors", "export", "inference", "interrupt", "loggers"),
-        *("metrics", "planner", "recipes", "report", "streams", "sweep", "trainer"),
+        *("metrics", "planner", "recipes", "report", "streams", "sweep", "trainer", "vision"),
     },
     "__main__": {"cli"},
 }

@@ -1,6 +1,8 @@
 """Networks of torchvision as targets."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,18 @@ needs_torchvision = pytest.mark.skipif(not installed, reason="torchvision is not
 def test_missing_torchvision_is_named_with_the_mending():
     with pytest.raises(ImportError, match=r"pip install 'fasthyper\[vision\]'"):
         torchvision()
+
+
+@needs_torchvision
+def test_trouble_is_named_where_a_plain_import_fails():
+    plain = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)
+    said = subprocess.run(
+        [sys.executable, "-c", "from fasthyper import vision; print(vision.trouble())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("built for another torch" in said.stdout) == (plain.returncode != 0)
 
 
 @needs_torchvision
