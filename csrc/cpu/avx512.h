@@ -6,9 +6,11 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f")
@@ -54,6 +56,55 @@ static inline void multiply_block(int64_t depth, const float* factor, int64_t ro
       for (int z = 0; z < vectors; ++z) acc[r][z] = _mm512_fmadd_ps(f, v[z], acc[r][z]);
     }
   }
+}
+
+constexpr int64_t kVectors = 4;  // most of a block
+
+// Rows of a block, whose sums are in registers
+constexpr int most_rows(int64_t vectors) { return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6; }
+
+// out [rows, num_cols] of sums over a depth of vectors, ``stride`` apart, times a factor of each row. across: factors of one
+// depth lie side by side, those of the next ``step`` on; else it is the other way around.
+template <bool across, typename Ahead, int rows, int vectors>
+static void block(int64_t depth, const float* factor, int64_t step, const float* vector, int64_t stride, int64_t num_cols,
+                  Ahead& ahead, float* out, int64_t out_stride) {
+  __m512 acc[rows][vectors];
+  clear(acc);
+  multiply_block(depth, factor, across ? 1 : step, across ? step : 1, vector, stride, ahead, acc);
+  const bool is_whole = num_cols >= 16 * vectors;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r, out += out_stride) {
+#pragma GCC unroll 4
+    for (int z = 0; z < vectors; ++z) {
+      if (is_whole)
+        _mm512_storeu_ps(out + 16 * z, acc[r][z]);
+      else
+        _mm512_mask_storeu_ps(out + 16 * z, first(num_cols - 16 * z), acc[r][z]);
+    }
+  }
+}
+
+template <typename Ahead>
+using Blocks = std::array<decltype(&block<true, Ahead, 1, 1>), most_rows(1)>;
+
+template <bool across, typename Ahead, int vectors, int... rows>
+constexpr Blocks<Ahead> blocks(std::integer_sequence<int, rows...>) {
+  return {block<across, Ahead, rows + 1, vectors>...};
+}
+
+template <bool across, typename Ahead, int... vectors>
+constexpr std::array<Blocks<Ahead>, kVectors> all_blocks(std::integer_sequence<int, vectors...>) {
+  return {blocks<across, Ahead, vectors + 1>(std::make_integer_sequence<int, most_rows(vectors + 1)>())...};
+}
+
+// body(row, num_rows, vector, num_vectors, run) for the blocks of a product, which ``run`` makes
+template <bool across, typename Ahead, typename Body>
+static inline void for_blocks(int64_t num_rows, int64_t num_vectors, const Body& body) {
+  static constexpr auto all = all_blocks<across, Ahead>(std::make_integer_sequence<int, kVectors>());
+  in_shares(num_vectors, kVectors, [&](int64_t vector, int64_t vectors) {
+    in_shares(num_rows, most_rows(vectors),
+              [&](int64_t row, int64_t rows) { body(row, rows, vector, vectors, all[vectors - 1][rows - 1]); });
+  });
 }
 
 // 16 x 16 numbers of 4 bytes, transposed

@@ -17,18 +17,15 @@ namespace {
 
 using avx512::first;
 using avx512::in_shares;
+using avx512::kVectors;
+using avx512::most_rows;
 
 constexpr int64_t kRoom = 8192;    // floats of a tile, which stays in the first-level cache
 constexpr int64_t kHighest = 120;  // rows of a tile: as many sums in float32 before one in float64
 constexpr int64_t kEven = 24;      // and a multiple of this, of which the rows of all blocks are shares
 constexpr int64_t kRest = 12;      // most columns behind whole vectors that are made as rows, of a Gram matrix
 constexpr int64_t kLast = 3;       // or one by one, of a product
-constexpr int64_t kVectors = 4;    // most of a block
-
 constexpr int64_t count(int64_t n) { return (n + 15) / 16; }
-
-// Rows of a block, whose sums are in registers
-constexpr int most_rows(int64_t vectors) { return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6; }
 
 // Whole vectors of columns, and how many columns are left behind them
 struct Split {
@@ -126,54 +123,11 @@ class Writer {
   alignas(64) float data_[kRoom] = {};
 };
 
-// out [rows, num_cols] of sums over a depth of vectors, ``stride`` apart, times a factor of each row. across: factors of one
-// depth lie side by side, those of the next ``step`` on; else it is the other way around.
-template <bool across, int rows, int vectors>
-void block(int64_t depth, const float* factor, int64_t step, const float* vector, int64_t stride, int64_t num_cols,
-           Ahead& ahead, float* out, int64_t out_stride) {
-  __m512 acc[rows][vectors];
-  avx512::clear(acc);
-  avx512::multiply_block(depth, factor, across ? 1 : step, across ? step : 1, vector, stride, ahead, acc);
-  const bool is_whole = num_cols >= 16 * vectors;
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r, out += out_stride) {
-#pragma GCC unroll 4
-    for (int z = 0; z < vectors; ++z) {
-      if (is_whole)
-        _mm512_storeu_ps(out + 16 * z, acc[r][z]);
-      else
-        _mm512_mask_storeu_ps(out + 16 * z, first(num_cols - 16 * z), acc[r][z]);
-    }
-  }
-}
-
-using Blocks = std::array<decltype(&block<true, 1, 1>), most_rows(1)>;
-
-template <bool across, int vectors, int... rows>
-constexpr Blocks blocks(std::integer_sequence<int, rows...>) {
-  return {block<across, rows + 1, vectors>...};
-}
-
-template <bool across, int... vectors>
-constexpr std::array<Blocks, kVectors> all_blocks(std::integer_sequence<int, vectors...>) {
-  return {blocks<across, vectors + 1>(std::make_integer_sequence<int, most_rows(vectors + 1)>())...};
-}
-
-// body(row, num_rows, vector, num_vectors, run) for the blocks of a product, which ``run`` makes
-template <bool across, typename Body>
-void for_blocks(int64_t num_rows, int64_t num_vectors, const Body& body) {
-  static constexpr auto all = all_blocks<across>(std::make_integer_sequence<int, kVectors>());
-  in_shares(num_vectors, kVectors, [&](int64_t vector, int64_t vectors) {
-    in_shares(num_rows, most_rows(vectors),
-              [&](int64_t row, int64_t rows) { body(row, rows, vector, vectors, all[vectors - 1][rows - 1]); });
-  });
-}
-
 // Of the second columns whole vectors, met by their own rows from the diagonal on and by those of the first columns; the few
 // columns behind them as rows that meet all. Rows and columns of the sum are a tile's.
 void gram_tile(const Tile& x, double* sum, Ahead& ahead) {
   const auto rows = [&](int64_t row, int64_t num_rows, int64_t lo, int64_t hi) {
-    for_blocks<true>(num_rows, hi - lo, [&](int64_t r, int64_t rows, int64_t z, int64_t vectors, auto block) {
+    avx512::for_blocks<true, Ahead>(num_rows, hi - lo, [&](int64_t r, int64_t rows, int64_t z, int64_t vectors, auto block) {
       alignas(64) float made[most_rows(2) * 2 * 16];
       static_assert(most_rows(3) * 3 <= most_rows(2) * 2 && most_rows(4) * 4 <= most_rows(2) * 2);
       const int64_t first = row + r, col = 16 * (lo + z), length = 16 * vectors;
@@ -210,7 +164,7 @@ void product_tile(const Tile& x, int64_t start, const Product& product, Ahead& a
   const Split split(product.num_cols, kLast);
   const int64_t pitch = 16 * split.vectors, whole = product.num_cols - split.rest;
   float* out = product.out + start * product.stride;
-  for_blocks<false>(x.length, split.vectors, [&](int64_t r, int64_t, int64_t z, int64_t, auto block) {
+  avx512::for_blocks<false, Ahead>(x.length, split.vectors, [&](int64_t r, int64_t, int64_t z, int64_t, auto block) {
     block(x.width(), x.data + r * x.pitch, x.pitch, product.right + 16 * z, pitch, whole - 16 * z, ahead,
           out + r * product.stride + 16 * z, product.stride);
   });
@@ -289,14 +243,14 @@ void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const
   for (int64_t start = 0; start < num_cols; start += writer.height()) {
     const Tile tile = writer.write(start);
     Ahead ahead(all, start + tile.length, tile.length);
-    for_blocks<false>(ha.num_chunks, vectors, [&](int64_t n, int64_t rows, int64_t, int64_t, auto block) {
+    avx512::for_blocks<false, Ahead>(ha.num_chunks, vectors, [&](int64_t n, int64_t rows, int64_t, int64_t, auto block) {
       alignas(64) float made[most_rows(1) * kFeatures];
       block(tile.length, grad + start + n * grad_stride, grad_stride, tile.data, tile.pitch, 16 * vectors, ahead, made,
             kFeatures);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < 16 * vectors; ++j) grad_ha[(n + i) * kFeatures + j] += made[i * kFeatures + j];
     });
-    for_blocks<true>(tile.length, vectors, [&](int64_t col, int64_t, int64_t, int64_t, auto block) {
+    avx512::for_blocks<true, Ahead>(tile.length, vectors, [&](int64_t col, int64_t, int64_t, int64_t, auto block) {
       block(ha.num_chunks, grad + start + col, grad_stride, ha.data, kFeatures, ha.width, ahead,
             grad_basis + (start + col) * ha.width, ha.width);
     });

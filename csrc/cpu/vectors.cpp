@@ -1,9 +1,6 @@
 #include "vectors.h"
 
 #if defined(__x86_64__)
-#include <array>
-#include <utility>
-
 #pragma GCC target("avx512f")
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -16,8 +13,6 @@ namespace {
 using avx512::first;
 using tiles::kSide;
 using tiles::Source;
-
-constexpr int64_t kMostRows = 12;  // of a block, whose sums are in registers
 
 inline __m512 load(const Source& s, __mmask16 mask, int64_t at) {
   const __m512 x = _mm512_maskz_loadu_ps(mask, s.from + at);
@@ -60,21 +55,6 @@ struct Nothing {
   void ask() {}
 };
 
-template <int rows, int vectors>
-void block(const float* left, const float* right, int64_t depth, float* out) {
-  __m512 acc[rows][vectors];
-  avx512::clear(acc);
-  Nothing ahead;
-  avx512::multiply_block(depth, left, 1, kSide, right, kSide, ahead, acc);
-  for (int r = 0; r < rows; ++r)
-    for (int z = 0; z < vectors; ++z) _mm512_store_ps(out + r * kSide + 16 * z, acc[r][z]);
-}
-
-template <int vectors, int... rows>
-constexpr std::array<decltype(&block<1, 1>), sizeof...(rows)> blocks(std::integer_sequence<int, rows...>) {
-  return {block<rows + 1, vectors>...};
-}
-
 }  // namespace
 
 bool available() {
@@ -100,13 +80,12 @@ void right_to_left(const char* panel, int64_t depth, const bool* negative, char*
 }
 
 void multiply(const char* left, const char* right, int64_t depth, int64_t num_rows, int64_t num_cols, float* out) {
-  constexpr auto narrow = blocks<1>(std::make_integer_sequence<int, kMostRows>());
-  constexpr auto wide = blocks<2>(std::make_integer_sequence<int, kMostRows>());
-  const auto& run = num_cols > 16 ? wide : narrow;
-  avx512::in_shares(num_rows, kMostRows, [&](int64_t row, int64_t count) {
-    run[count - 1](reinterpret_cast<const float*>(left) + row, reinterpret_cast<const float*>(right), depth,
-                   out + row * kSide);
-  });
+  Nothing ahead;
+  avx512::for_blocks<true, Nothing>(
+      num_rows, num_cols > 16 ? 2 : 1, [&](int64_t row, int64_t, int64_t, int64_t vectors, auto block) {
+        block(depth, reinterpret_cast<const float*>(left) + row, kSide, reinterpret_cast<const float*>(right), kSide,
+              16 * vectors, ahead, out + row * kSide, kSide);
+      });
 }
 
 }  // namespace fasthyper::vectors
