@@ -17,13 +17,13 @@
 
 namespace fasthyper {
 
-constexpr int64_t kColumnTileElements = 1 << 18;  // packed elements of Y that one thread holds
-constexpr int64_t kNarrowColumns = 960;           // columns that one thread multiplies in registers at a time
-constexpr int64_t kDirectColumns = 1024;          // columns of a tile of D
-constexpr int64_t kRowTile = 256;                 // rows at a time: their part of the trunk lies in the second-level cache
-constexpr int64_t kRowsKept = 4;                  // rows are kept where there are so many times as many columns
-constexpr int64_t kFewGrain = 1 << 18;            // multiply-adds of few rows below which a second thread does not pay
-constexpr int64_t kGramGrain = 1 << 14;           // elements of a Gram matrix below which a second thread does not pay
+constexpr int64_t kColumnTileElements = 1 << 18;           // packed elements of Y that one thread holds
+constexpr int64_t kFewestNarrow = 240, kMostNarrow = 960;  // columns that a thread multiplies in registers at a time
+constexpr int64_t kDirectColumns = 1024;                   // columns of a tile of D
+constexpr int64_t kRowTile = 256;        // rows at a time: their part of the trunk lies in the second-level cache
+constexpr int64_t kRowsKept = 4;         // rows are kept where there are so many times as many columns
+constexpr int64_t kFewGrain = 1 << 18;   // multiply-adds of few rows below which a second thread does not pay
+constexpr int64_t kGramGrain = 1 << 14;  // elements of a Gram matrix below which a second thread does not pay
 
 struct Rectangle {
   int64_t task_lo, task_hi, chunk_lo, chunk_hi, col_lo, col_hi;
@@ -285,7 +285,8 @@ class Drift {
           add_and_multiply(y, worker.gram, to_basis, worker.space, out);
         });
     if (!with_gram) return;
-    for_each(workers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); });
+    const int64_t grain = is_narrow(full_, width_ + 1, parts_) ? workers.size() : 1;  // little is left to do
+    for_each(workers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); }, grain);
     std::vector<const double*> sums;
     for (const ColumnWorker& worker : workers) sums.push_back(worker.gram.sum());
     total(sums, nullptr, s.gram, [&](double* gram) {
@@ -367,7 +368,8 @@ class Drift {
     });
     finish(gram);
     constexpr int64_t kBlock = 32;  // both sides of the diagonal stay in cache
-    torch::stable::parallel_for(0, (full_ + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGramGrain / (kBlock * full_));
+    torch::stable::parallel_for(0, (full_ + kBlock - 1) / kBlock, grain, [&](int64_t begin, int64_t end) {
       for (int64_t lo = begin * kBlock; lo < std::min(full_, end * kBlock); lo += kBlock)
         for (int64_t j = 0; j < std::min(full_, lo + kBlock); ++j)
           for (int64_t i = std::max(lo, j + 1); i < std::min(full_, lo + kBlock); ++i)
@@ -581,8 +583,8 @@ class Drift {
   }
 
   template <typename Items, typename Body>
-  static void for_each(Items& items, const Body& body) {
-    torch::stable::parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
+  static void for_each(Items& items, const Body& body, int64_t grain = 1) {
+    torch::stable::parallel_for(0, items.size(), grain, [&](int64_t begin, int64_t end) {
       NoGrad no_grad;
       for (int64_t i = begin; i < end; ++i) body(items[i]);
     });
@@ -621,8 +623,10 @@ class Drift {
   // Runs body(worker, lo, y) over tiles of the columns [lo, hi)
   template <typename Body>
   std::vector<ColumnWorker> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
+    const int64_t threads = torch::stable::get_num_threads(), share = (hi - lo + threads - 1) / threads;
     const int64_t packed = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
-    const int64_t tile = is_narrow(full_, width_ + 1, parts_) ? kNarrowColumns : packed;
+    const int64_t narrow = std::clamp(share, kFewestNarrow, kMostNarrow);
+    const int64_t tile = is_narrow(full_, width_ + 1, parts_) ? narrow : packed;
     return for_tiles<ColumnWorker>(
         hi - lo, tile, [&] { return ColumnWorker(*this); },
         [&](ColumnWorker& worker, int64_t start, int64_t length) {
