@@ -285,7 +285,7 @@ class Drift {
           add_and_multiply(y, worker.gram, to_basis, worker.space, out);
         });
     if (!with_gram) return;
-    const int64_t grain = is_narrow(full_, width_ + 1, parts_) ? workers.size() : 1;  // little is left to do
+    const int64_t grain = are_narrow() ? workers.size() : 1;  // little is left to do
     for_each(workers, [](ColumnWorker& worker) { worker.gram.finish(worker.space); }, grain);
     std::vector<const double*> sums;
     for (const ColumnWorker& worker : workers) sums.push_back(worker.gram.sum());
@@ -626,13 +626,16 @@ class Drift {
     const int64_t threads = torch::stable::get_num_threads(), share = (hi - lo + threads - 1) / threads;
     const int64_t packed = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
     const int64_t narrow = std::clamp(share, kFewestNarrow, kMostNarrow);
-    const int64_t tile = is_narrow(full_, width_ + 1, parts_) ? narrow : packed;
+    const int64_t tile = are_narrow() ? narrow : packed;
     return for_tiles<ColumnWorker>(
         hi - lo, tile, [&] { return ColumnWorker(*this); },
         [&](ColumnWorker& worker, int64_t start, int64_t length) {
           body(worker, lo + start, columns_of(lo + start, length));
         });
   }
+
+  // Whether columns are multiplied in registers as they are read
+  bool are_narrow() const { return std::is_same_v<scalar_t, float> && is_narrow(full_, width_ + 1, parts_); }
 
   scalar_t task_weight(int64_t row) const { return weight_[row / num_chunks_]; }
   Tensor make(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(basis_tensor_, size); }

@@ -25,6 +25,7 @@ constexpr int64_t kHighest = 120;  // rows of a tile: as many sums in float32 be
 constexpr int64_t kEven = 24;      // and a multiple of this, of which the rows of all blocks are shares
 constexpr int64_t kRest = 12;      // most columns behind whole vectors that are made as rows, of a Gram matrix
 constexpr int64_t kLast = 3;       // or one by one, of a product
+
 constexpr int64_t count(int64_t n) { return (n + 15) / 16; }
 
 // Whole vectors of columns, and how many columns are left behind them
