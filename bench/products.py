@@ -1,9 +1,9 @@
-"""What products in AVX-512 registers (csrc/cpu/vectors.h) gain over those of torch's matrix library, on this processor.
+"""What products in AVX-512 registers (csrc/cpu/vectors.h, narrow.h) gain over those of torch's library, on this processor.
 
     python bench/products.py             # into bench/results/products.json
 
 Each way in processes of its own, in turn, told by ATEN_CPU_CAPABILITY: torch's own elementwise code follows it too, its
-matrix library does not. Regularizers of features too wide for what else is made in registers (narrow.h), and of affine maps.
+matrix library does not. Regularizers, and drifts of affine maps.
 """
 
 from __future__ import annotations
