@@ -342,7 +342,8 @@ def hypernet_drift(
         activation:  code of an ``activations.Activation``.
         weight:      ``[T]`` weight of each task; ``None`` means 1/T each.
         gram0:       ``[B, H+1, H+1]`` float64, ``reference.gram0`` for this weight and plan, to spare its computation;
-                     behind it, end to end, there may be ``reference.basis_gram0`` for this plan.
+                     behind it, end to end, there may be ``reference.basis_gram0`` for this plan. Without a trunk only the
+                     latter is read.
         precision:   as in ``output_drift``.
 
     Returns:

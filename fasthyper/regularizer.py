@@ -87,34 +87,35 @@ class OutputRegularizer:
         self._held: dict[str, Any] = {}  # what stands in for all past tasks, of the arguments, while they are held
         if len(self.theta0) > 2:
             if is_worth_it:
-                self._pre0, self._gram0 = self._run_trunk0(self.embeddings0, self._all)
-        elif self.form == "auto" and not self.hnet.layout.heads:  # without a trunk features of all tasks are never made
-            points = sigma_points(self.embeddings0)
-            plan = self._plan(range(len(points)))
-            gram0 = None if self._affine else self._run_trunk0(points, plan)[1]
+                self._pre0, self._gram0 = self._run_trunk0(self.num_past)
+        elif self._affine is None and self.form == "auto" and not self.hnet.layout.heads:
+            points, basis0 = sigma_points(self.embeddings0), self.theta0[-1]  # without a trunk no features are made
+            plan, width = self._plan(range(len(points))), basis0.shape[1]
+            unread = basis0.new_zeros(len(plan), width, width, dtype=torch.float64)
+            gram0 = reference.with_basis_gram0(unread, basis0, plan)
             self._held = {"embeddings": points, "embeddings0": points, "plan": plan, "gram0": gram0}
 
-    def _run_trunk0(self, embeddings0: Tensor, all_tasks: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The snapshot's pre-activations, of as many layers as fit the budget, and its Gram matrices, of these tasks.
+    def _run_trunk0(self, num_past: int) -> tuple[list[Tensor], Tensor]:
+        """The snapshot's pre-activations, of as many layers as fit the budget, and its Gram matrices.
 
         The first layer's, sums of T + N rows, are not worth their bytes.
         """
-        z, widths, num_past = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]], len(embeddings0)
+        z, widths = self.theta0[0], [len(bias) for bias in self.theta0[2:-1:2]]
         budget = default_budget(z.device) if self.memory_budget is None else self.memory_budget
         num_stored = len(stored_bytes(num_past, len(z), widths, z.element_size(), budget))
         stored = [_pre_activations(z, num_past, width) for width in widths[len(widths) - num_stored :]]
-        tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * (sum(widths) or self.hnet.width) * z.element_size()))
-        grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(all_tasks, 0, 0))
+        tasks_at_once = max(1, _BYTES_AT_ONCE // (len(z) * sum(widths) * z.element_size()))
+        grams = reference.gram0(z.new_empty(0, len(z), self.hnet.width), z.new_empty(0), _some_tasks(self._all, 0, 0))
         with full_precision():  # a task's steps differ from what is made here by little
             for lo in range(0, num_past, tasks_at_once):
-                some = embeddings0[lo : lo + tasks_at_once]
+                some = self.embeddings0[lo : lo + tasks_at_once]
                 pre, h0 = run_trunk(self.theta0, some, self.hnet.activation)
                 for kept, made in zip(stored, pre[len(pre) - num_stored :], strict=True):
                     kept[lo : lo + len(some)] = made
-                plan = _some_tasks(all_tasks, lo, lo + len(some))
+                plan = _some_tasks(self._all, lo, lo + len(some))
                 with torch.autocast(h0.device.type, enabled=False):
                     grams += reference.gram0(h0, h0.new_full((len(some),), 1 / num_past), plan)
-        return stored, reference.with_basis_gram0(grams, self.theta0[-1], all_tasks)
+        return stored, reference.with_basis_gram0(grams, self.theta0[-1], self._all)
 
     def draw(self, count: int, *, per_chunk: bool = False, generator: torch.Generator | None = None) -> Tensor | None:
         """Past tasks for ``penalty`` to take, drawn uniformly, so that it is an unbiased estimate of that of all.

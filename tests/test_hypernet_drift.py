@@ -216,15 +216,24 @@ def test_hypernet_drift_at_every_width_of_products_in_registers(hidden, given):
         weight, gram0 = torch.full((3,), 1 / 3), None
         if given:
             h0 = run_trunk(args["theta0"], args["embeddings0"], ACTIVATIONS["elu"]).features
-            of_rows, of_columns = (
-                reference.gram0(h0, weight, args["plan"]),
-                reference.basis_gram0(args["theta0"][-1], args["plan"]),
-            )
-            gram0 = torch.cat([of_rows, of_columns])
+            of_rows = reference.gram0(h0, weight, args["plan"])
+            gram0 = torch.cat([of_rows, reference.basis_gram0(args["theta0"][-1], args["plan"])])
         value, grads, grad_embeddings = ops.hypernet_drift_value_and_grad(**args, weight=weight, gram0=gram0)
         want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["elu"], args, weight)
         for have, want in zip([value, *grads, grad_embeddings], [want_value, *want_grads], strict=True):
             assert oracle.relative_error(have, want) < 1e-5, width
+
+
+def test_hypernet_drift_without_a_trunk_reads_no_gram_matrix_of_rows(implementation, dtype):
+    shape = SHAPES["linear"]
+    args = arguments(shape, ACTIVATIONS["relu"], dtype, form="gram")
+    weight, of_columns = torch.ones(shape[0], dtype=dtype), reference.basis_gram0(args["theta0"][-1], args["plan"])
+    unread = torch.full((len(args["plan"]), *of_columns.shape[1:]), torch.nan, dtype=torch.float64)
+    raw = raw_arguments(args, weight, torch.cat([unread, of_columns]))
+    value, grad_embeddings, grad_theta = implementation.hypernet_drift_fwd(*raw)
+    want_value, want_grads = oracle_value_and_grads(shape, ACTIVATIONS["relu"], args, weight)
+    for have, want in zip([value, *grad_theta, grad_embeddings], [want_value, *want_grads], strict=True):
+        assert oracle.relative_error(have, want) < TOL["drift", dtype]
 
 
 def test_hypernet_drift_names_what_is_wrong():

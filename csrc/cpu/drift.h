@@ -194,15 +194,16 @@ class Drift {
     return parts;
   }
 
-  // Of all rows X'WX, which the workers have added up
-  void sum_rows(const std::vector<Worker*>& workers) {
+  // Of all rows X'WX, which the workers have added up; are_whole: H*'WH* too
+  void sum_rows(const std::vector<Worker*>& workers, bool are_whole = false) {
     for_each(workers, [](Worker* worker) {
       for (GramSum<scalar_t>& gram : worker->grams) gram.finish(worker->space);
     });
     for (size_t b = 0; b < rectangles_.size(); ++b) {
       std::vector<const double*> sums;
       for (Worker* worker : workers) sums.push_back(worker->grams[b].sum());
-      total(sums, gram0_ ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams_[b], [](double*) {});
+      const bool is_given = gram0_ && !are_whole;
+      total(sums, is_given ? gram0_ + b * (width_ + 1) * (width_ + 1) : nullptr, row_grams_[b], [](double*) {});
     }
     has_row_grams_ = true;
   }
@@ -624,9 +625,9 @@ class Drift {
   template <typename Body>
   std::vector<ColumnWorker> for_column_tiles(int64_t lo, int64_t hi, const Body& body) const {
     const int64_t threads = torch::stable::get_num_threads(), share = (hi - lo + threads - 1) / threads;
-    const int64_t packed = parts_ ? 256 : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
-    const int64_t narrow = std::clamp(share, kFewestNarrow, kMostNarrow);
-    const int64_t tile = are_narrow() ? narrow : packed;
+    const int64_t tile = are_narrow() ? std::clamp(share, kFewestNarrow, kMostNarrow)
+                         : parts_     ? 256
+                                      : std::clamp<int64_t>(kColumnTileElements / full_, 1024, 4096);
     return for_tiles<ColumnWorker>(
         hi - lo, tile, [&] { return ColumnWorker(*this); },
         [&](ColumnWorker& worker, int64_t start, int64_t length) {

@@ -187,7 +187,7 @@ void gram(const Rows& x, bool is_known, double* sum, const Product& product) {
   for (int64_t start = 0; start < x.num_rows; start += writer.height()) {
     Tile tile = writer.write(start, !is_known);
     Ahead ahead(x, start + tile.length, tile.length);
-    Ahead nothing(x, x.num_rows, 0);
+    Ahead nothing(x, x.num_rows, 0);  // what is asked for before the product, the product drives out again
     gram_tile(tile, sum, product.right ? nothing : ahead);
     if (!product.right) continue;
     if (!is_known) tile = writer.write(start);
@@ -238,6 +238,7 @@ void pack(const float* from, int64_t row_stride, int64_t col_stride, int64_t num
 
 void generate_back(const Chunks& ha, const float* basis, int64_t num_cols, const float* grad, int64_t grad_stride,
                    float* grad_basis, double* grad_ha) {
+  static_assert(kFeatures <= 16 * kVectors, "blocks are as wide as all features");
   const Rows all{basis, basis, nullptr, num_cols, 0, ha.width, ha.width};
   const int64_t vectors = count(ha.width);
   Writer writer(all);

@@ -94,7 +94,7 @@ class PairDrift {
     const std::vector<Rectangle>& rectangles = drift_.rectangles();
     for (size_t b = 0; b < rectangles.size(); ++b)
       if (!rectangles[b].direct) sums.grams[b].set(gram(rectangles[b]));
-    drift_.sum_rows({&sums});
+    drift_.sum_rows({&sums}, true);
     drift_.columns();
     for (size_t b = 0; b < rectangles.size(); ++b)
       if (!rectangles[b].direct) add_to_grads(rectangles[b], const_data<scalar_t>(drift_.to_h(b)));

@@ -101,8 +101,7 @@ FASTHYPER_VECTOR_CLONES void write_pair(Pair<T> pair, T* __restrict__ to) {
   }
 }
 
-// Whether pairs so wide, or right factors, are multiplied in registers as they are read. Tile units are faster than those
-// from a width on.
+// Whether pairs so wide are multiplied in registers as they are read, by right factors so wide
 inline bool is_narrow(int64_t width, int64_t num_cols, int64_t parts) {
   const bool has_tiles = 0 < parts && parts < panels::kWhole;
   return width <= (has_tiles ? kWidestBesideTiles : narrow::kWidest) && num_cols <= narrow::kColumns && narrow::available();
@@ -135,7 +134,7 @@ class RightFactor {
     b_ = b;
     is_narrow_ = false;
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (split > 0 && fasthyper::is_narrow(b.num_rows, b.num_cols, parts_)) {
+      if (split > 0 && is_narrow(b.num_rows, b.num_cols, parts_)) {
         is_narrow_ = true;
         float* to = memory_.get<float>(narrow::packed_size(b.num_rows, b.num_cols));
         return narrow::pack(b.data, b.row_stride, b.col_stride, b.num_rows, b.num_cols, split, to);
