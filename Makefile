@@ -8,8 +8,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 
-NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift generate precision fuzz
-SANITIZED := output_drift hypernet_drift generate affine candidate_step regularizer fuzz
+NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift generate hyper_linear precision fuzz
+SANITIZED := output_drift hypernet_drift generate hyper_linear affine candidate_step regularizer fuzz
 
 # what no backend changes: data, reports, processes, tools (`pure` has what is run from outside once more)
 ONCE := fuzz_files report report_in_browser cuda_compiles cuda_emulated kernels_compile streams images cifar celeba fetch vision \

@@ -21,8 +21,11 @@ SHAPES = {
     "empty-batch": (0, 5, 4, 3, 11),
     "many-slots": (2, 30, 1000, 2, 20_500),  # more than one tile of whole slots
     "blocks": (70, 70, 5, 70, 340),  # a GPU's blocks of examples, inputs, slots, features and chunks, more than one of each
+    "few-features": (70, 70, 5, 20, 338),  # more than one panel, or block, of all but features
+    "many-inputs": (37, 2100, 2, 5, 39),  # more than one tile of a slot's inputs
     "large-slots": (2, 500, 2, 2, 1101),  # a slot's weights do not fit one tile
 }
+LARGE = ("blocks", "few-features", "many-inputs")
 orders = pytest.mark.parametrize("factorised", [False, True], ids=["generated", "factorised"])
 
 
@@ -78,14 +81,15 @@ def test_hyper_linear_over_random_shapes(
 
 
 @orders
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "blocks"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in LARGE])
 def test_hyper_linear_forward_backward(implementation, factorised, name):
     assert_forward_and_backward(implementation, torch.float64, SHAPES[name], factorised)
 
 
 @orders
-def test_hyper_linear_blocks_in_either_dtype(implementation, dtype, factorised):
-    assert_forward_and_backward(implementation, dtype, SHAPES["blocks"], factorised)
+@pytest.mark.parametrize("name", LARGE)
+def test_hyper_linear_in_either_dtype(implementation, dtype, factorised, name):
+    assert_forward_and_backward(implementation, dtype, SHAPES[name], factorised)
 
 
 @orders

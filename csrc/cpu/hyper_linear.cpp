@@ -5,6 +5,7 @@
 // Factorised: y = u Ha' with u_j = x V_j, and no weight at all.
 #include <algorithm>
 
+#include "narrow_linear.h"
 #include "product.h"
 
 namespace fasthyper {
@@ -17,6 +18,111 @@ constexpr int64_t kSmallestPart = 32;       // rows of a product that are worth 
 struct Tile {
   int64_t slot, num_slots, input, num_inputs;
   int64_t size() const { return num_slots * num_inputs; }
+};
+
+// The generated order where few features make the weight: all products in AVX-512 registers
+class NarrowLinear {
+ public:
+  static bool serves(const Tensor& ha) {
+    const int64_t parts = packed_parts<float>(3);
+    return ha.size(1) <= narrow::kFeatures && (parts == 0 || parts == panels::kWhole) && narrow::available();
+  }
+
+  NarrowLinear(const Tensor& x, const Tensor& ha, const Tensor& basis, int64_t num_slots, int64_t num_outputs)
+      : x_(const_data<float>(x)), num_rows_(num_slots * ha.size(0)) {
+    const int64_t num_chunks = ha.size(0), width = ha.size(1), pitch = (num_chunks + 15) / 16 * 16;
+    float* rows = rows_.get<float>(num_chunks * narrow::kFeatures);
+    float* features = features_.get<float>(width * pitch);
+    std::fill_n(rows, num_chunks * narrow::kFeatures, 0.0f);
+    std::fill_n(features, width * pitch, 0.0f);
+    const float* from = const_data<float>(ha);
+    for (int64_t n = 0; n < num_chunks; ++n)
+      for (int64_t k = 0; k < width; ++k, ++from) rows[n * narrow::kFeatures + k] = features[k * pitch + n] = *from;
+    layer_ = {
+        {rows, num_chunks, width}, features, pitch, const_data<float>(basis), num_slots, x.size(1), num_outputs, x.size(0)};
+  }
+
+  void forward(float* y) const {
+    constexpr int64_t kVectors = 3;  // of chunks at a time
+    Memory x;
+    pack({x_, layer_.num_inputs, 1, layer_.batch, layer_.num_inputs}, x);
+    const int64_t vectors = layer_.pitch / 16, shares = (vectors + kVectors - 1) / kVectors;
+    for_parts(layer_.num_slots * shares, [&](Worker& worker, int64_t part) {
+      const int64_t slot = part / shares, share = part % shares;
+      const int64_t chunk = 16 * (vectors * share / shares), stop = 16 * (vectors * (share + 1) / shares);
+      narrow_linear::forward(layer_, slot, chunk, std::min(stop, layer_.ha.num_chunks) - chunk, x.data<float>(),
+                             worker.room.data<float>(), y);
+    });
+  }
+
+  // grad_x may be null
+  void backward(const float* grad, float* grad_x, float* grad_ha, float* grad_basis) const {
+    const int64_t num_chunks = layer_.ha.num_chunks, num_inputs = layer_.num_inputs;
+    const int64_t stride = (num_rows_ + 15) / 16 * 16 + 16;  // rows a power of two apart would meet in the same lines
+    Memory by_slot, x;
+    float* ordered = by_slot.get<float>(layer_.batch * stride);
+    torch::stable::parallel_for(0, layer_.batch, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) order(grad + b * layer_.num_outputs, ordered + b * stride);
+    });
+    pack({x_, 1, num_inputs, num_inputs, layer_.batch}, x);
+    const int64_t tile = narrow_linear::tile_inputs(layer_), shares = (num_inputs + tile - 1) / tile;
+    const std::vector<Worker> workers = for_parts(layer_.num_slots * shares, [&](Worker& worker, int64_t part) {
+      const int64_t slot = part / shares, input = part % shares * tile, length = std::min(tile, num_inputs - input);
+      narrow_linear::back(layer_, slot, input, length, ordered, stride, x.data<float>(), worker.room.data<float>(),
+                          grad_basis, worker.sum.data<double>());
+    });
+    for (const Worker& worker : workers)
+      put_block<true>(num_chunks, layer_.ha.width, worker.sum.data<double>(), narrow::kFeatures, grad_ha, layer_.ha.width);
+    if (grad_x == nullptr) return;
+    Memory panels;
+    pack({ordered, stride, 1, layer_.batch, num_rows_}, panels);
+    constexpr int64_t kInputs = narrow_linear::kInputs;
+    for_parts((num_inputs + kInputs - 1) / kInputs, [&](Worker& worker, int64_t part) {
+      const int64_t input = part * kInputs;
+      narrow_linear::back_to_inputs(layer_, input, std::min(kInputs, num_inputs - input), panels.data<float>(),
+                                    worker.room.data<float>(), grad_x);
+    });
+  }
+
+ private:
+  struct Worker {
+    Memory room, sum;
+  };
+
+  template <typename Body>
+  std::vector<Worker> for_parts(int64_t num_parts, const Body& body) const {
+    const auto make = [&] {
+      Worker worker;
+      worker.room.get<float>(narrow_linear::room(layer_));
+      const int64_t size = layer_.ha.num_chunks * narrow::kFeatures;
+      std::fill_n(worker.sum.get<double>(size), size, 0.0);
+      return worker;
+    };
+    return for_tiles<Worker>(num_parts, 1, make, [&](Worker& worker, int64_t part, int64_t) { body(worker, part); });
+  }
+
+  static void pack(const tiles::Source& source, Memory& to) {
+    const int64_t panel = tiles::kSide * source.depth, num_panels = tiles::count(source.num_vectors);
+    float* data = to.get<float>(num_panels * panel);
+    torch::stable::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+      tiles::Source some = source;
+      some.from += begin * tiles::kSide * source.vector_stride;
+      some.num_vectors = std::min(end * tiles::kSide, source.num_vectors) - begin * tiles::kSide;
+      vectors::pack(some, reinterpret_cast<char*>(data + begin * panel), panel * int64_t(sizeof(float)));
+    });
+  }
+
+  // From outputs in their order to all chunks of one slot after the other, 0 where there is no output
+  void order(const float* from, float* to) const {
+    const int64_t num_chunks = layer_.ha.num_chunks;
+    for (int64_t n = 0, o = 0; n < num_chunks; ++n)
+      for (int64_t j = 0; j < layer_.num_slots; ++j, ++o) to[j * num_chunks + n] = o < layer_.num_outputs ? from[o] : 0.0f;
+  }
+
+  const float* x_;
+  const int64_t num_rows_;
+  Memory rows_, features_;
+  narrow_linear::Layer layer_;
 };
 
 template <typename scalar_t>
@@ -84,6 +190,8 @@ class HyperLinear {
 
   // y_j = x W_j'
   void generated(const Tensor& y) const {
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (NarrowLinear::serves(ha_)) return NarrowLinear(x_, ha_, basis_, num_slots_, num_outputs_).forward(data<float>(y));
     struct Worker {
       Tensor w, y;
     };
@@ -98,6 +206,12 @@ class HyperLinear {
 
   // dW_j = dy_j' x, dHa = sum_j dW_j V_j, dV_j = dW_j' Ha, dx = sum_j dy_j W_j
   void generated_backward(const Tensor& grad, const Tensor& grad_x, const Tensor& grad_ha, const Tensor& grad_basis) const {
+    std::fill_n(data<scalar_t>(grad_ha), grad_ha.numel(), scalar_t(0));
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (NarrowLinear::serves(ha_))
+        return NarrowLinear(x_, ha_, basis_, num_slots_, num_outputs_)
+            .backward(const_data<float>(grad), grad_x.size(0) > 0 ? data<float>(grad_x) : nullptr, data<float>(grad_ha),
+                      data<float>(grad_basis));
     struct Worker {
       Tensor w, grad, ha, grad_ha, x, grad_x;
     };
@@ -127,7 +241,6 @@ class HyperLinear {
           add(worker.ha.numel(), const_data<scalar_t>(worker.ha), data<scalar_t>(worker.grad_ha));
           multiply<scalar_t>(rows(grad_basis, first, tile.size()), transposed(dw), ha_);
         });
-    std::fill_n(data<scalar_t>(grad_ha), grad_ha.numel(), scalar_t(0));
     std::fill_n(data<scalar_t>(grad_x), grad_x.numel(), scalar_t(0));
     for (const Worker& worker : workers) {
       add(grad_ha.numel(), const_data<scalar_t>(worker.grad_ha), data<scalar_t>(grad_ha));
