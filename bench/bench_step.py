@@ -1,7 +1,5 @@
 """The whole training step, look-ahead on, against the paper's loop and the other peers; parity before a time counts."""
 
-import dataclasses
-
 import pytest
 
 from fasthyper.bench.workloads import CASES, WORKLOADS
@@ -16,6 +14,4 @@ def bench_step(against, workload, past):
 
 @pytest.mark.parametrize("past", [10, 100])
 def bench_step_aligned(against, past):
-    flat = WORKLOADS["p100"]
-    aligned = dataclasses.replace(flat, name="p100-aligned", hnet=flat.hnet | {"layout": "aligned"})
-    against(flat, past, "step", ours=aligned)
+    against(WORKLOADS["p100"], past, "step", layout="aligned")

@@ -25,20 +25,20 @@ ROUNDS = (7, 41)  # fewest, unless --seconds is short, and most
 def against(benchmark, request):
     """``against(workload, past, what)``: times ours and its peers in turn in one run, and keeps ratios with their spread.
 
-    ``ours`` stands in for the workload on our side, a layout that no peer has; its exactness is the tests'.
+    ``layout`` is that of our side: no peer lays weights aligned, whose exactness is the tests'.
     """
     seconds = request.config.getoption("--seconds")
     names = request.config.getoption("--against").split(",")
 
-    def run(workload, past, what, ours=None):
-        ours_built, predictor, peers = ours or workload, Predictor(workload), {}
+    def run(workload, past, what, layout="flat"):
+        ours_built, predictor, peers = workload.with_layout(layout), Predictor(workload), {}
         for name in names:
             reason = reason_not_to(predictor, past, what, name)
             if name == "compile" and (what, past) != ("regularizer", min(workload.tasks)):
                 reason = "compiling takes a minute: done for the regularizer at the fewest tasks"
             peers[name] = {"skipped": reason} if reason else {}
         runnable = [name for name, entry in peers.items() if not entry]
-        for name in runnable if ours is None else []:
+        for name in runnable if ours_built is workload else []:
             check_parity(workload, past, what, name)
         ours = SIDES[OURS](ours_built, past).prepare(what)
         others = [SIDES[name](workload, past).prepare(what) for name in runnable]

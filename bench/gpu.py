@@ -53,11 +53,7 @@ BATCHES = 100  # of data
 HAS_GRAPH = "graph" in inspect.signature(Trainer).parameters
 
 
-def with_layout(workload: Workload, layout: str) -> Workload:
-    return dataclasses.replace(workload, name=f"{workload.name}-{layout}", hnet=workload.hnet | {"layout": layout})
-
-
-ALIGNED = with_layout(WORKLOADS["p100"], "aligned")
+ALIGNED = WORKLOADS["p100"].with_layout("aligned")
 TINY = Workload(
     "tiny",
     mlp(12, (8,), 4),
@@ -96,7 +92,7 @@ def full_cases() -> Cases:
 
 
 def quick_cases() -> Cases:
-    rows = [(TINY, 2), (with_layout(TINY, "aligned"), 2)]
+    rows = [(TINY, 2), (TINY.with_layout("aligned"), 2)]
     return Cases(rows, rows[:1], ("none", 0), [(16, 8, 5, 4)], 2, ("fp32",))
 
 

@@ -1,9 +1,9 @@
-"""What products in AVX-512 registers (csrc/cpu/vectors.h, narrow.h) gain over those of torch's library, on this processor.
+"""What products in AVX-512 registers gain over those of torch's library, on this processor (DESIGN, Products of float32).
 
     python bench/products.py             # into bench/results/products.json
 
 Each way in processes of its own, in turn, told by ATEN_CPU_CAPABILITY: torch's own elementwise code follows it too, its
-matrix library does not. Regularizers, and drifts of affine maps.
+matrix library does not. Regularizers, drifts of affine maps, and steps whose layers make their weights.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fasthyper.recipes import RECIPES
 FILE = Path(__file__).parent / "results" / "products.json"
 WAYS = {"registers": "avx512", "torch": "avx2"}
 CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
+ALIGNED = (("p10", 10), ("split", 5), ("small", 10))
 AFFINE = ("permuted-mnist-1000", "permuted-mnist-100-hour")
 ROUNDS, SIZE = 5, 2048
 
@@ -39,13 +40,16 @@ def seconds() -> dict[str, float]:
     """Median of each case, in this process."""
     found = {}
     for name, past in CASES:
-        found[f"{name} at {past}"] = _median(SIDES[OURS](WORKLOADS[name], past).prepare("regularizer"))
+        found[f"regularizer `{name}` at {past}"] = _median(SIDES[OURS](WORKLOADS[name], past).prepare("regularizer"))
     for name in AFFINE:
         sizes = ((28 // RECIPES[name].pool) ** 2, *RECIPES[name].target_hidden, 10)
         weights, width = sum((i + 1) * o for i, o in pairwise(sizes)), RECIPES[name].task_dim + 1
         basis, basis0, rows = torch.rand(weights, width), torch.rand(weights, width), torch.rand(width, width)
         moments = rows.T @ rows
-        found[name] = _median(functools.partial(ops.affine_drift_value_and_grad, basis, basis0, moments))
+        found[f"affine drift `{name}`"] = _median(functools.partial(ops.affine_drift_value_and_grad, basis, basis0, moments))
+    for name, past in ALIGNED:
+        aligned = WORKLOADS[name].with_layout("aligned")
+        found[f"step `{aligned.name}` at {past}"] = _median(SIDES[OURS](aligned, past).prepare("step"))
     h, basis = torch.rand(SIZE, SIZE - 1), torch.rand(SIZE, SIZE)
     found["product"] = timed(lambda: ops.generate(h, basis, [(SIZE * SIZE,)]), seconds=2.0)
     return found

@@ -353,15 +353,14 @@ def memory_text(found: dict[str, Any]) -> str:
 
 
 def products_table(found: dict[str, Any]) -> str:
-    """Regularizers with products in registers and by torch's matrix library."""
+    """What takes how long with products in registers and by torch's matrix library."""
     machine, rates = found["environment"], found["flops_per_second"]
-    lines = ["", "| regularizer | in registers, ms | by torch's library, ms | times |", f"|{'---|' * 4}"]
+    lines = ["", "| | in registers, ms | by torch's library, ms | times |", f"|{'---|' * 4}"]
     for case, row in found["rows"].items():
-        name, _, at = case.partition(" ")
-        if name != "product":
+        if case != "product":
             times = " | ".join(f"{1e3 * row[way]['median']:.2f}" for way in ("registers", "torch"))
             low, median, high = (f"{row['ratio'][key]:.2f}" for key in ("low", "median", "high"))
-            lines.append(f"| {f'`{name}` {at}'.strip()} | {times} | {median} ({low} to {high}) |")
+            lines.append(f"| {case} | {times} | {median} ({low} to {high}) |")
     lines += [
         "",
         f"{machine['machine']}, {machine['threads']} threads, commit {machine['commit']}, {machine['date']}.",

@@ -161,6 +161,15 @@ def test_a_peer_that_cannot_run_is_named_with_the_reason(monkeypatch):
     assert row["peers"] == {"eager": {"skipped": "it is not installed"}} and row["ours"]["median"] > 0
 
 
+def test_our_weights_may_be_timed_laid_aligned(monkeypatch):
+    built = []
+    monkeypatch.setattr(Workload, "build", lambda self, past, build=Workload.build: built.append(self) or build(self, past))
+    row = measure.measure(TINY, 2, "step", against=["eager"], seconds=0.01, machine=RATES, layout="aligned", memory=False)
+    assert row["workload"] == "tiny-aligned" and row["peers"]["eager"]["median"] > 0
+    assert {workload.hnet.get("layout", "flat") for workload in built} == {"flat", "aligned"}
+    assert TINY.with_layout("flat") is TINY and TINY.with_layout("aligned").with_layout("aligned").name == "tiny-aligned"
+
+
 @pytest.mark.parametrize("workload", [TINY, FULL, LINEAR], ids=lambda w: w.name)
 @pytest.mark.parametrize("what", ["regularizer", "step"])
 @pytest.mark.parametrize("name", HAVE)

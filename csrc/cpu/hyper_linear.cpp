@@ -47,7 +47,7 @@ class NarrowLinear {
     Memory x;
     pack({x_, layer_.num_inputs, 1, layer_.batch, layer_.num_inputs}, x);
     const int64_t vectors = layer_.pitch / 16, shares = (vectors + kVectors - 1) / kVectors;
-    for_parts(layer_.num_slots * shares, [&](Worker& worker, int64_t part) {
+    for_parts(layer_.num_slots * shares, 0, [&](Worker& worker, int64_t part) {
       const int64_t slot = part / shares, share = part % shares;
       const int64_t chunk = 16 * (vectors * share / shares), stop = 16 * (vectors * (share + 1) / shares);
       narrow_linear::forward(layer_, slot, chunk, std::min(stop, layer_.ha.num_chunks) - chunk, x.data<float>(),
@@ -66,7 +66,8 @@ class NarrowLinear {
     });
     pack({x_, 1, num_inputs, num_inputs, layer_.batch}, x);
     const int64_t tile = narrow_linear::tile_inputs(layer_), shares = (num_inputs + tile - 1) / tile;
-    const std::vector<Worker> workers = for_parts(layer_.num_slots * shares, [&](Worker& worker, int64_t part) {
+    const int64_t num_sums = num_chunks * narrow::kFeatures;
+    const auto workers = for_parts(layer_.num_slots * shares, num_sums, [&](Worker& worker, int64_t part) {
       const int64_t slot = part / shares, input = part % shares * tile, length = std::min(tile, num_inputs - input);
       narrow_linear::back(layer_, slot, input, length, ordered, stride, x.data<float>(), worker.room.data<float>(),
                           grad_basis, worker.sum.data<double>());
@@ -77,7 +78,7 @@ class NarrowLinear {
     Memory panels;
     pack({ordered, stride, 1, layer_.batch, num_rows_}, panels);
     constexpr int64_t kInputs = narrow_linear::kInputs;
-    for_parts((num_inputs + kInputs - 1) / kInputs, [&](Worker& worker, int64_t part) {
+    for_parts((num_inputs + kInputs - 1) / kInputs, 0, [&](Worker& worker, int64_t part) {
       const int64_t input = part * kInputs;
       narrow_linear::back_to_inputs(layer_, input, std::min(kInputs, num_inputs - input), panels.data<float>(),
                                     worker.room.data<float>(), grad_x);
@@ -90,12 +91,11 @@ class NarrowLinear {
   };
 
   template <typename Body>
-  std::vector<Worker> for_parts(int64_t num_parts, const Body& body) const {
+  std::vector<Worker> for_parts(int64_t num_parts, int64_t num_sums, const Body& body) const {
     const auto make = [&] {
       Worker worker;
       worker.room.get<float>(narrow_linear::room(layer_));
-      const int64_t size = layer_.ha.num_chunks * narrow::kFeatures;
-      std::fill_n(worker.sum.get<double>(size), size, 0.0);
+      std::fill_n(worker.sum.get<double>(num_sums), num_sums, 0.0);
       return worker;
     };
     return for_tiles<Worker>(num_parts, 1, make, [&](Worker& worker, int64_t part, int64_t) { body(worker, part); });

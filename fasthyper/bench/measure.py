@@ -47,6 +47,7 @@ def measure(
     against: Iterable[str],
     seconds: float,
     machine: Machine,
+    layout: str = "flat",
     memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -55,13 +56,14 @@ def measure(
     Args:
         against: names of peers; one that cannot be run is in the row with the reason.
         seconds: about how long the timed part may take.
+        layout: of our weights in what is timed. No peer lays them aligned: parity is that of the flat layout.
         memory: whether to measure memory, each side in a process of its own.
         say: told what is being done.
 
     Raises:
         ParityError: a peer's value, gradients or losses are not ours.
     """
-    predictor = Predictor(workload)
+    predictor, laid = Predictor(workload), workload.with_layout(layout)
     peers: dict[str, dict[str, Any]] = {}
     for name in against:
         say(f"checking {name}")
@@ -75,7 +77,8 @@ def measure(
     runnable = [name for name, entry in peers.items() if not entry]
 
     say("setting up")
-    calls = {name: SIDES[name](workload, past).prepare(what) for name in (OURS, *runnable)}
+    shapes = {OURS: laid, **dict.fromkeys(runnable, workload)}
+    calls = {name: SIDES[name](shape, past).prepare(what) for name, shape in shapes.items()}
     say("timing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' own
@@ -85,7 +88,7 @@ def measure(
     work = work_of(predictor.shapes, past, what)
     row: dict[str, Any] = {
         "what": what,
-        "workload": workload.name,
+        "workload": laid.name,
         "past": past,
         "ours": ours,
         "rounds": len(times[OURS]),
@@ -99,10 +102,10 @@ def measure(
     for name in runnable:
         peers[name].update(compared(times[OURS], times[name]))
     if memory:
-        for name in (OURS, *runnable):
+        for name, shape in shapes.items():
             say(f"memory of {name}")
             entry = row if name == OURS else peers[name]
-            entry["memory"] = peak_memory(workload, past, what, name, torch.get_num_threads())
+            entry["memory"] = peak_memory(shape, past, what, name, torch.get_num_threads())
     return row
 
 

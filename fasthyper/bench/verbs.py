@@ -30,6 +30,7 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--workload", type=names, default=["p10"], metavar="NAME,...", help=f"{', '.join(WORKLOADS)}; or all")
     verb.add_argument("--tasks", type=_counts, metavar="INT,...", help="past tasks (default: the workload's own)")
     verb.add_argument("--what", type=_names("what", WHATS), default=list(WHATS), metavar="NAME,...", help=", ".join(WHATS))
+    verb.add_argument("--layout", choices=("flat", "aligned"), default="flat", help="of our weights (default: flat)")
     peers = f"{', '.join(OTHERS)} (default: {', '.join(PEERS)})"
     verb.add_argument("--against", type=_names("peer", OTHERS), metavar="NAME,...", help=peers)
     _common(verb, "runs/bench", 10.0)
@@ -88,7 +89,16 @@ def _bench(args: argparse.Namespace) -> int:
             for workload, past, what in cases:
                 say = _saying(board.say, f"{workload.name} {what}, {past} past tasks: ")
                 try:
-                    row = measure(workload, past, what, against=against, seconds=args.seconds, machine=machine, say=say)
+                    row = measure(
+                        workload,
+                        past,
+                        what,
+                        against=against,
+                        seconds=args.seconds,
+                        machine=machine,
+                        layout=args.layout,
+                        say=say,
+                    )
                 except ParityError as error:
                     row, failed = {"what": what, "workload": workload.name, "past": past, "error": str(error)}, True
                     print(f"fasthyper: {error}", file=sys.stderr)

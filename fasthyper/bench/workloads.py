@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ class Workload:
     def build(self, past: int) -> ChunkedHypernet:
         """A hypernetwork with ``past`` past tasks and a current one; the same numbers every time."""
         return ChunkedHypernet(self.build_target(), past + 1, **self.hnet)
+
+    def with_layout(self, layout: str) -> Workload:
+        """The same, its weights laid ``"flat"`` or ``"aligned"``; it has a name of its own where that is another layout."""
+        if layout == self.hnet.get("layout", "flat"):
+            return self
+        return replace(self, name=f"{self.name}-{layout}", hnet=self.hnet | {"layout": layout})
 
     def build_target(self) -> nn.Module:
         """The target network."""
