@@ -160,8 +160,8 @@ class OutputRegularizer:
             theta: stands in for ``hnet.theta`` (a looked-ahead one, say), in the same order.
             embeddings: ``[T, E]``, stands in for the past tasks' embeddings; by default those of the snapshot, held fixed.
             tasks: distinct past tasks to take, the mean is over them; ``None`` takes all. An int64 tensor ``[k]`` on the
-                device is taken as it is, unchecked, and read only where tasks have heads. So is ``[k, N]``: of chunk n tasks
-                ``[:, n]`` are taken, as ``draw`` has them.
+                device is taken as it is, unchecked, and read only where tasks have heads (a compiled graph breaks there). So
+                is ``[k, N]``: of chunk n tasks ``[:, n]`` are taken, as ``draw`` has them.
             scaling: ``[T]`` factor of each past task; ``None`` means 1.
             targets: ``[T, P]``, or one tensor ``[P]`` per past task: weights to hold to in place of the snapshot's, end to
                 end in the order of ``hnet.generate``; not differentiated.
@@ -277,17 +277,17 @@ class OutputRegularizer:
                     wanted = f"tasks [k, N] need N = {num_chunks} chunks and no scaling"
                     raise ValueError(f"{wanted}, got {list(tasks.shape)}{' and scaling' * (scaling is not None)}")
                 chunks = [torch.arange(num_chunks, device=embeddings.device)]
-            index, tasks = tasks, tasks.tolist() if self.hnet.layout.heads else range(len(tasks))
+            index, plan = tasks, self._plan_of_drawn(tasks) if self.hnet.layout.heads else self._plan(range(len(tasks)))
         elif tasks is not None:
             if len(set(tasks)) != len(tasks):
                 raise ValueError(f"tasks to regularize must be distinct, got {list(tasks)}")
             if not all(0 <= task < self.num_past for task in tasks):
                 raise IndexError(f"tasks to regularize must be in 0 .. {self.num_past - 1}, got {list(tasks)}")
-            index = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device)
+            index, plan = torch.as_tensor(tasks, dtype=torch.int64, device=embeddings.device), self._plan(tasks)
         if tasks is not None:
             rows = (index, *chunks)
             embeddings, embeddings0, pre0 = embeddings[index], embeddings0[index], [a[rows] for a in pre0]
-            plan, scaling = self._plan(tasks), None if scaling is None else scaling[index]
+            scaling = None if scaling is None else scaling[index]
         return {
             "theta": theta,
             "theta0": self.theta0,
@@ -337,6 +337,10 @@ class OutputRegularizer:
             of = self._tasks
             tasks = [of[task] if isinstance(task, int) else [of[one] for one in task] for task in tasks]
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
+
+    @torch.compiler.disable(reason="which rectangles it has depends on which tasks were drawn")
+    def _plan_of_drawn(self, tasks: Tensor) -> Tensor:
+        return self._plan(tasks.tolist())
 
 
 def _is_per_chunk(tasks: Sequence[int] | Tensor | None) -> TypeGuard[Tensor]:

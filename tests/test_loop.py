@@ -14,11 +14,11 @@ import fasthyper as fh
 BETA = 0.5
 
 
-def make(layout="flat", hidden=(12, 10), dtype=torch.float64, num_tasks=3, num_past=2, net=(6, (20, 15), 4)):
+def make(layout="flat", hidden=(12, 10), dtype=torch.float64, num_tasks=3, num_past=2, net=(6, (20, 15), 4), **options):
     """Hypernetwork, regularizer a step away from its snapshot, data, and a copy of the hypernetwork at the snapshot."""
     hnet = fh.ChunkedHypernet(
         fh.nets.MLP(*net), num_tasks, chunk_size=60, hidden=hidden, task_dim=8, chunk_dim=5, activation="elu", layout=layout,
-        dtype=dtype,
+        dtype=dtype, **options,
     )  # fmt: skip
     regularizer, hnet0 = fh.OutputRegularizer(hnet), copy.deepcopy(hnet)
     regularizer.snapshot(num_past)
@@ -185,6 +185,20 @@ def test_compiled_penalty_is_not_compiled_again_for_more_tasks(hidden):
         regularizer.snapshot(num_past)
         with torch.compiler.set_stance("default" if num_past <= 2 else "fail_on_recompile"):
             assert compiled().item() == pytest.approx(regularizer.penalty(theta).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("per_chunk", [False, True])
+@pytest.mark.parametrize("heads", [False, True])
+def test_compiled_penalty_of_drawn_tasks(heads, per_chunk):
+    """In one graph; with heads, whose plan is of the tasks drawn, in parts."""
+    torch._dynamo.reset()
+    outputs = {"net": (6, (20, 15), 10), "outputs_per_task": 2} if heads else {}
+    hnet, regularizer, *_ = make(num_tasks=5, num_past=4, **outputs)
+    theta = [p.detach() + 0.01 for p in hnet.theta]
+    compiled = torch.compile(lambda tasks: regularizer.penalty(theta, tasks=tasks), fullgraph=not heads, backend="aot_eager")
+    for seed in range(4):
+        tasks = regularizer.draw(2, per_chunk=per_chunk, generator=torch.Generator().manual_seed(seed))
+        assert compiled(tasks).item() == pytest.approx(regularizer.penalty(theta, tasks=tasks).item(), rel=1e-12)
 
 
 def test_gradients_accumulate_over_parts_of_a_batch():
