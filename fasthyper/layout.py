@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 Range = tuple[int, int]  # [start, stop), in the flat vector of target weights or in the order in which they are laid
+_Whole = tuple[int, int, Range]  # of a matrix that chunks hold by whole rows: a block's size, rows in a chunk, the range
 
 
 class Rectangle(NamedTuple):
@@ -70,7 +71,8 @@ class Layout:
         heads: per task, the flat ranges of its own output head. Weights in no head are held for every task; weights of a
             head only for its task. Empty: all weights are shared.
         matrices: to be laid aligned: each that fills at least two chunks of whole rows (one row, where rows are wider than
-            ``chunk_size``) is a block of its own, but for the rows that are left over. S is then the widest block's size.
+            ``chunk_size``) is a block of its own, but for the rows that are left over, unless the grid would then have over
+            a quarter more cells than with all laid flat. S is then the widest block's size.
             All else fills the columns that narrower blocks leave, then more chunks. Empty: one block of all, laid flat.
     """
 
@@ -129,13 +131,24 @@ class Layout:
 
 
 def _blocks(num_weights: int, chunk_size: int, matrices: Sequence[Matrix]) -> list[Block]:
-    """Wide blocks first, so that what fills the columns left by others continues them."""
-    whole: list[tuple[int, int, Range]] = []
+    """Those of as many matrices as leave the grid about as full as when all is laid flat; the narrowest go first."""
+    whole: list[_Whole] = []
     for start, num_rows, row_size in matrices:
         rows = max(1, chunk_size // row_size)
         if num_rows >= 2 * rows:
             whole.append((rows * row_size, rows, (start, start + num_rows // rows * rows * row_size)))
     whole.sort(key=lambda entry: -entry[0])
+    flat = -(-num_weights // chunk_size) * chunk_size
+    while True:
+        blocks = _lay(num_weights, chunk_size, whole)
+        cells = max(b.chunk_hi for b in blocks) * max(b.col_lo + b.size for b in blocks)
+        if not whole or 4 * cells <= 5 * flat:
+            return blocks
+        whole.pop()
+
+
+def _lay(num_weights: int, chunk_size: int, whole: Sequence[_Whole]) -> list[Block]:
+    """Wide blocks first, so that what fills the columns left by others continues them."""
     blocks: list[Block] = []
     for size, rows, span in whole:
         chunk = blocks[-1].chunk_hi if blocks else 0

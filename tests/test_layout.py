@@ -64,6 +64,9 @@ def test_aligned_blocks_hold_each_weight_once_in_whole_rows(chunk, shapes, trail
             assert (stop - start) % block.size == 0 and n >= 1
             assert start + matrix.num_rows * matrix.row_size - stop < block.size  # less than a chunk is left over
     assert sorted(cells[cells >= 0].tolist()) == list(range(layout.num_weights))
+    flat = Layout(position + trailing, chunk)
+    has_rows = any(block.rows for block in layout.blocks)
+    assert not has_rows or layout.num_chunks * layout.chunk_size <= 1.25 * flat.num_chunks * flat.chunk_size
     held = torch.zeros_like(cells)
     for span in layout.shared + layout.heads[0]:
         for r in layout.rectangles(span):
@@ -72,6 +75,13 @@ def test_aligned_blocks_hold_each_weight_once_in_whole_rows(chunk, shapes, trail
     ((head,),) = layout.heads
     (cell,) = layout.rectangles(head)
     assert cells[cell.chunk_lo, cell.col_lo] == 0 and (cell.num_chunks, cell.num_cols) == (1, 1)
+
+
+def test_a_matrix_whose_rows_half_fill_a_chunk_is_laid_flat():
+    """MLP 1024-100-100-10 in chunks of 2000: one row of 1024 each would take 100 chunks more."""
+    first, second, last = Matrix(0, 100, 1024), Matrix(102_500, 100, 100), Matrix(112_600, 10, 100)
+    layout = Layout(113_610, 2000, (), [first, second, last])
+    assert [block.rows for block in layout.blocks] == [20, 0] and layout.num_chunks == Layout(113_610, 2000).num_chunks
 
 
 def test_what_is_left_over_makes_one_rectangle_of_blocks_of_different_sizes():
