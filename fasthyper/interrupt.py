@@ -45,12 +45,16 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
 @contextmanager
 def whole_process() -> Iterator[None]:
     """For a command line: SIGTERM raises as Ctrl-C does, a second signal in ``deferred_interrupt`` ends the process, and one
-    that somebody swallowed, as imports do, is found there."""
+    that an import swallowed is found there, or in the ``ImportError`` that was made of it."""
     global _at_once, _asked
     with _handling(_terminate, lambda signum, now: now in (signal.SIG_DFL, signal.default_int_handler)):
         _at_once, _asked = True, 0
         try:
             yield
+        except Exception as error:
+            if _asked and (isinstance(error, ImportError) or isinstance(error.__cause__, ImportError)):
+                raise stopped_by(_asked) from error
+            raise
         finally:
             _at_once, _asked = False, 0
 

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+import time
 import weakref
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import fasthyper as fh
 from fasthyper import graph, interrupt
+from fasthyper.errors import DataError
 from fasthyper.streams.batches import Batches
 
 BAD = 5  # the example with a gradient that is not finite
@@ -217,6 +219,30 @@ def test_a_signal_that_an_import_swallows_stops_the_next_loop(signum, foreground
                 assert interrupted() == signum
     with interrupt.deferred_interrupt() as interrupted:
         assert not interrupted()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_error_that_was_a_signal_ends_as_the_signal_does(signum, foreground):
+    """Extension modules make one of whatever stops the imports they make."""
+
+    def broken(error, *, interrupted):
+        with interrupt.whole_process():
+            try:
+                if interrupted:
+                    os.kill(os.getpid(), signum)
+                    time.sleep(60)
+            except BaseException:
+                pass
+            raise error from (ImportError("failed to import") if isinstance(error, DataError) else None)
+
+    stopped = KeyboardInterrupt if signum == signal.SIGINT else SystemExit
+    for error in (ImportError("failed to import"), DataError("it is not installed")):
+        with pytest.raises(stopped):
+            broken(error, interrupted=True)
+        with pytest.raises(type(error)):
+            broken(error, interrupted=False)
+    with pytest.raises(OSError, match="disk"):
+        broken(OSError("disk full"), interrupted=True)
 
 
 def test_a_handler_of_ones_own_stays(monkeypatch):
