@@ -72,7 +72,8 @@ def main() -> int:
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(machines_of(cpu, entries, plain, amd, aligned, products)) + memory_text(memory),
+            "goals": goals_table(machines_of(cpu, entries, plain, amd, aligned, products), aligned["environment"])
+            + memory_text(memory),
             "planner": planner_table(planner),
             "threads": threads_text(json.loads((RESULTS / "threads.json").read_text())),
             "products": products_table(products),
@@ -273,10 +274,13 @@ def layouts_table(layouts: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def goals_table(machines: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]) -> str:
+def goals_table(
+    machines: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]], aligned: dict[str, Any]
+) -> str:
     """Times faster than the peer: asked, and on each machine (what of, rows, its rates) measured and at most.
 
-    At most: were our time that of the counted work at the machine's best rates.
+    At most: were our time that of the counted work at the machine's best rates. ``aligned``: where and when AMD's steps of
+    that layout were timed, in a run of their own.
     """
     lines = ["", f"| | asked | {' | '.join(machines)} |", f"|{'---|' * (2 + len(machines))}"]
     for what, workload, past, asked in GOALS:
@@ -294,6 +298,9 @@ def goals_table(machines: dict[str, tuple[dict[str, Any], list[dict[str, Any]], 
     for name, (environment, _, rates) in machines.items():
         of_what = f"{environment['machine']}, commit {environment['commit']}, {environment['date']}"
         lines.append(f"- {name}: {of_what}; {1e-9 * rates['gemm']:.0f} GFLOP/s, {1e-9 * rates['copy']:.0f} GB/s")
+    lines.append(
+        f"- AMD, aligned: a run of its own, commit {aligned['commit']}, {aligned['date']}, held against the same rates"
+    )
     return "\n".join([*lines, ""])
 
 

@@ -14,11 +14,8 @@ namespace {
 
 using avx512::for_blocks;
 using avx512::most_rows;
+using avx512::Nothing;
 using tiles::kSide;
-
-struct Nothing {
-  void ask() {}
-};
 
 // Asks for the same inputs of the next slot, which lie far away
 struct Ahead {

@@ -11,6 +11,7 @@ namespace fasthyper::vectors {
 namespace {
 
 using avx512::first;
+using avx512::Nothing;
 using tiles::kSide;
 using tiles::Source;
 
@@ -50,10 +51,6 @@ void across(const Source& s, int64_t v, float* to) {
     _mm512_store_ps(to + 16, _mm512_mul_ps(scale, load(s, mask1, v + 16)));
   }
 }
-
-struct Nothing {
-  void ask() {}
-};
 
 }  // namespace
 

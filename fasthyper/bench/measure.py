@@ -77,8 +77,8 @@ def measure(
     runnable = [name for name, entry in peers.items() if not entry]
 
     say("setting up")
-    shapes = {OURS: laid, **dict.fromkeys(runnable, workload)}
-    calls = {name: SIDES[name](shape, past).prepare(what) for name, shape in shapes.items()}
+    timed = {OURS: laid, **dict.fromkeys(runnable, workload)}
+    calls = {name: SIDES[name](its, past).prepare(what) for name, its in timed.items()}
     say("timing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' own
@@ -102,10 +102,10 @@ def measure(
     for name in runnable:
         peers[name].update(compared(times[OURS], times[name]))
     if memory:
-        for name, shape in shapes.items():
+        for name, its in timed.items():
             say(f"memory of {name}")
             entry = row if name == OURS else peers[name]
-            entry["memory"] = peak_memory(shape, past, what, name, torch.get_num_threads())
+            entry["memory"] = peak_memory(its, past, what, name, torch.get_num_threads())
     return row
 
 

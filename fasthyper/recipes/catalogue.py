@@ -185,7 +185,7 @@ _ALL = (
     # chosen by the images it replays, as a classifier of all digits sees them, seed 45; five times the decoder's size
     _wide(_OF_TABLE_1["split-mnist-cl3-r"], (100, 100), replay_chunk_size=20_000, lr_embedding=1e-2),
     _scheduled(_OF_TABLE_1["split-mnist-cl3-tir"]),
-    # chosen on seed 100: an eighth of the paper's steps; the longer it trains, the surer it is of other tasks' images
+    # chosen on seed 100 of CL3: an eighth of the paper's steps; the longer it trains, the surer it is of other tasks' images
     _scheduled(_OF_TABLE_1["permuted-mnist-10-cl3-ent"], steps=600, lr=1e-3, beta=0.02, temperature=2.0),
     _scheduled(_OF_TABLE_1["permuted-mnist-10-cl2-ent"], steps=600, lr=1e-3, beta=0.02, temperature=2.0),
     _scheduled(_OF_TABLE_1["permuted-mnist-10-cl3-tir"], steps=2500, lr=5e-4, beta=0.02),
