@@ -73,7 +73,8 @@ def _bind_cpu(choice: str) -> str:
             stacklevel=2,
         )
         return f"reference (the C++ extension does not load: {error})"
-    multiplies = {3: " (bfloat16 tile units)", 4: " (AVX-512 products)"}  # csrc/cpu/panels.h; elsewhere torch does
+    # csrc/cpu/output_drift.cpp; elsewhere torch does
+    multiplies = {3: " (bfloat16 tile units)", 4: " (AVX-512 products)", 5: " (AVX2 products)"}
     return "cpp" + multiplies.get(ops._packed_parts(torch.empty(0)), "")
 
 

@@ -26,5 +26,5 @@ def test_each_precision_keeps_its_digits(name, step):
 
 
 def test_what_is_bound_says_how_it_multiplies():
-    ways = {0: "cpp", 3: "cpp (bfloat16 tile units)", 4: "cpp (AVX-512 products)"}
+    ways = {0: "cpp", 3: "cpp (bfloat16 tile units)", 4: "cpp (AVX-512 products)", 5: "cpp (AVX2 products)"}
     assert fh.backends()["cpu"] == ways[ops._packed_parts(torch.empty(0))] or not fh.backends()["cpu"].startswith("cpp")

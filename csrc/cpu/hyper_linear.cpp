@@ -20,7 +20,7 @@ struct Tile {
   int64_t size() const { return num_slots * num_inputs; }
 };
 
-// The generated order where few features make the weight: all products in AVX-512 registers
+// The generated order where few features make the weight: all products in vector registers
 class NarrowLinear {
  public:
   static bool serves(const Tensor& ha) {

@@ -1,4 +1,4 @@
-// Products with narrow factors in AVX-512 registers: where packing for tile units, or for a matrix library, costs more than
+// Products with narrow factors in vector registers: where packing for tile units, or for a matrix library, costs more than
 // the product itself. The left factor is pairs of rows [first | second - minus], read once.
 #pragma once
 
@@ -22,7 +22,7 @@ struct Product {
   int64_t stride;
 };
 
-// Whether this machine, and ATEN_CPU_CAPABILITY where it is set, allow them
+// Whether there are registers for them: registers::kind()
 bool available();
 
 // Adds X'X to a sum in float64 of sum_size(width), its own way of ordering. is_known: of the first columns among each other

@@ -1,4 +1,4 @@
-// Parts of a linear layer whose weight is made of few features, in AVX-512 registers: what takes such a weight tile by tile
+// Parts of a linear layer whose weight is made of few features, in vector registers: what takes such a weight tile by tile
 // costs a matrix library more than the products themselves. A layer is as hyper_linear.cpp says.
 #pragma once
 

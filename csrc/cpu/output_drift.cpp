@@ -1,5 +1,6 @@
 // The drift from given features: the row pass over tiles of dH and H* as they lie in memory (DESIGN E2).
 #include "drift.h"
+#include "registers.h"
 
 namespace fasthyper {
 namespace {
@@ -43,7 +44,10 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_fwd_cpu(Tensor dh, Tensor basis,
   return {value, grad_h, grad_basis};
 }
 
-int64_t packed_parts_cpu(Tensor) { return panels::parts_for(3); }
+int64_t packed_parts_cpu(Tensor) {
+  const int64_t parts = panels::parts_for(3);
+  return parts == panels::kWhole && registers::kind() == registers::Kind::avx2 ? panels::kWhole + 1 : parts;
+}
 
 }  // namespace
 

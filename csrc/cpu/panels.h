@@ -1,4 +1,4 @@
-// Packed factors and their products: as parts of bfloat16 on tile units, or whole in AVX-512 registers.
+// Packed factors and their products: as parts of bfloat16 on tile units, or whole in vector registers.
 #pragma once
 
 #include <algorithm>

@@ -16,7 +16,7 @@
 
 namespace fasthyper {
 
-constexpr int64_t kWidestBesideTiles = 64;  // pairs multiplied in AVX-512 registers where there are tile units
+constexpr int64_t kWidestBesideTiles = 64;  // pairs multiplied in registers where there are tile units
 
 // A view; one of the strides is 1
 template <typename T>

@@ -1,5 +1,7 @@
 #include "tiles.h"
 
+#include "registers.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -14,7 +16,7 @@
 namespace fasthyper::tiles {
 namespace {
 
-using avx512::first;
+using simd::first;
 
 constexpr int64_t kHalf = 16;  // vectors of a tile
 
@@ -82,7 +84,7 @@ inline void across(const Source& s, int64_t v, int64_t k0, char* to) {
 inline void transpose(const char* from, __m512i sign, char* to) {
   __m512i rows[16];
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(from + i * 64);
-  avx512::transpose(rows);
+  simd::transpose(rows);
   for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, _mm512_xor_si512(sign, rows[i]));
 }
 
@@ -167,7 +169,7 @@ void multiply_parts(const char* left, const char* right, int64_t num_tiles, bool
 }  // namespace
 
 bool available() {
-  static const bool is_available = avx512::wish() == avx512::Wish::none && machine_has_them();
+  static const bool is_available = !registers::is_asked() && machine_has_them();
   return is_available;
 }
 

@@ -1,20 +1,16 @@
+// narrow_linear.h in registers of the kind that blocks.h was included for.
+#pragma once
+
+#include "narrow_kernels.h"
 #include "narrow_linear.h"
 
-#include <algorithm>
-
-#if defined(__x86_64__)
-#pragma GCC target("avx512f")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#include "avx512.h"
-
-namespace fasthyper::narrow_linear {
+namespace fasthyper::simd {
 namespace {
+namespace narrow_linear {
 
-using avx512::for_blocks;
-using avx512::most_rows;
-using avx512::Nothing;
+using fasthyper::narrow_linear::kInputs;
+using fasthyper::narrow_linear::kRoom;
+using fasthyper::narrow_linear::Layer;
 using tiles::kSide;
 
 // Asks for the same inputs of the next slot, which lie far away
@@ -29,9 +25,6 @@ struct Ahead {
 };
 
 constexpr int64_t kDepth = 128;  // outputs, of all slots together, that meet all the batch before the next ones
-
-int64_t count(int64_t n) { return (n + 15) / 16; }
-int64_t padded(int64_t n) { return 16 * count(n); }
 
 // Slots whose weights are made together for the gradient of inputs, and the floats from one input to the next
 int64_t slots_at_once(const Layer& l) {
@@ -48,13 +41,11 @@ void make_weights(const Layer& l, int64_t slot, int64_t input, int64_t num_input
     ahead.at = reinterpret_cast<const char*>(basis + l.num_inputs * l.ha.width);
     ahead.end = ahead.at + num_inputs * l.ha.width * int64_t(sizeof(float));
   }
-  for_blocks<false, Ahead>(num_inputs, count(num_chunks), [&](int64_t i, int64_t, int64_t z, int64_t vectors, auto block) {
-    block(l.ha.width, basis + i * l.ha.width, l.ha.width, l.features + chunk + 16 * z, l.pitch, num_chunks - 16 * z, ahead,
-          to + i * stride + 16 * z, stride);
+  for_blocks<false, Ahead>(num_inputs, count(num_chunks), [&](int64_t i, int64_t, int64_t z, int64_t, auto block) {
+    block(l.ha.width, basis + i * l.ha.width, l.ha.width, l.features + chunk + kLanes * z, l.pitch, num_chunks - kLanes * z,
+          ahead, to + i * stride + kLanes * z, stride);
   });
 }
-
-}  // namespace
 
 int64_t tile_inputs(const Layer& l) {
   const int64_t most = kRoom / std::max<int64_t>(1, l.ha.num_chunks) / kSide - 1;
@@ -63,7 +54,8 @@ int64_t tile_inputs(const Layer& l) {
 
 int64_t room(const Layer& l) {
   const int64_t of_inputs = kInputs * (input_stride(l) + tiles::count(l.batch) * kSide);
-  return std::max({kRoom, of_inputs, l.ha.num_chunks * (std::min(tile_inputs(l), l.num_inputs) + kSide + 16)});
+  return std::max(
+      {kRoom, of_inputs, l.ha.num_chunks * (std::min(narrow_linear::tile_inputs(l), l.num_inputs) + kSide + 16)});
 }
 
 void forward(const Layer& l, int64_t slot, int64_t chunk, int64_t num_chunks, const float* x, float* room, float* y) {
@@ -74,20 +66,19 @@ void forward(const Layer& l, int64_t slot, int64_t chunk, int64_t num_chunks, co
     make_weights(l, slot, input, num_inputs, chunk, num_chunks, room, stride);
     for (int64_t b = 0; b < l.batch; b += kSide) {
       const float* panel = x + (b * l.num_inputs + input * kSide);
-      for_blocks<true, Nothing>(num_chunks, count(std::min(kSide, l.batch - b)),
-                                [&](int64_t n, int64_t rows, int64_t z, int64_t vectors, auto block) {
-                                  alignas(64) float made[most_rows(2) * 2 * 16];
-                                  const int64_t length = 16 * vectors, first = b + 16 * z,
-                                                stop = std::min(length, l.batch - first);
-                                  block(num_inputs, room + n, stride, panel + 16 * z, kSide, length, ahead, made, length);
-                                  for (int64_t i = 0; i < rows; ++i) {
-                                    const int64_t output = (chunk + n + i) * l.num_slots + slot;
-                                    if (output >= l.num_outputs) break;
-                                    float* to = y + first * l.num_outputs + output;
-                                    for (int64_t c = 0; c < stop; ++c, to += l.num_outputs)
-                                      *to = (input > 0 ? *to : 0) + made[i * length + c];
-                                  }
-                                });
+      for_blocks<true, Nothing>(
+          num_chunks, count(std::min(kSide, l.batch - b)),
+          [&](int64_t n, int64_t rows, int64_t z, int64_t vectors, auto block) {
+            alignas(64) float made[kBlock];
+            const int64_t length = kLanes * vectors, first = b + kLanes * z, stop = std::min(length, l.batch - first);
+            block(num_inputs, room + n, stride, panel + kLanes * z, kSide, length, ahead, made, length);
+            for (int64_t i = 0; i < rows; ++i) {
+              const int64_t output = (chunk + n + i) * l.num_slots + slot;
+              if (output >= l.num_outputs) break;
+              float* to = y + first * l.num_outputs + output;
+              for (int64_t c = 0; c < stop; ++c, to += l.num_outputs) *to = (input > 0 ? *to : 0) + made[i * length + c];
+            }
+          });
     }
   }
 }
@@ -100,8 +91,8 @@ void back(const Layer& l, int64_t slot, int64_t input, int64_t num_inputs, const
     const float* panel = x + (input + i) * l.batch;
     for_blocks<true, Nothing>(num_chunks, count(std::min(kSide, num_inputs - i)),
                               [&](int64_t n, int64_t, int64_t z, int64_t vectors, auto block) {
-                                block(l.batch, grad + slot * num_chunks + n, grad_stride, panel + 16 * z, kSide,
-                                      16 * vectors, ahead, room + n * stride + i + 16 * z, stride);
+                                block(l.batch, grad + slot * num_chunks + n, grad_stride, panel + kLanes * z, kSide,
+                                      kLanes * vectors, ahead, room + n * stride + i + kLanes * z, stride);
                               });
   }
   const int64_t at = (slot * l.num_inputs + input) * l.ha.width;
@@ -122,12 +113,12 @@ void back_to_inputs(const Layer& l, int64_t input, int64_t num_inputs, const flo
       const float* panel = grad + (b * num_rows + slot * num_chunks * kSide);
       for_blocks<false, Nothing>(num_inputs, count(std::min(kSide, l.batch - b)),
                                  [&](int64_t i, int64_t rows, int64_t z, int64_t vectors, auto block) {
-                                   alignas(64) float made[most_rows(2) * 2 * 16];
-                                   const int64_t length = 16 * vectors;
-                                   block(num_slots * num_chunks, room + i * stride, stride, panel + 16 * z, kSide, length,
-                                         ahead, made, length);
+                                   alignas(64) float made[kBlock];
+                                   const int64_t length = kLanes * vectors;
+                                   block(num_slots * num_chunks, room + i * stride, stride, panel + kLanes * z, kSide,
+                                         length, ahead, made, length);
                                    for (int64_t r = 0; r < rows; ++r) {
-                                     float* to = sum + (i + r) * sum_stride + b + 16 * z;
+                                     float* to = sum + (i + r) * sum_stride + b + kLanes * z;
                                      for (int64_t c = 0; c < length; ++c) to[c] += made[r * length + c];
                                    }
                                  });
@@ -137,17 +128,6 @@ void back_to_inputs(const Layer& l, int64_t input, int64_t num_inputs, const flo
     for (int64_t i = 0; i < num_inputs; ++i) grad_x[b * l.num_inputs + input + i] = sum[i * sum_stride + b];
 }
 
-}  // namespace fasthyper::narrow_linear
-
-#else
-
-namespace fasthyper::narrow_linear {
-
-int64_t tile_inputs(const Layer&) { return 0; }
-int64_t room(const Layer&) { return 0; }
-void forward(const Layer&, int64_t, int64_t, int64_t, const float*, float*, float*) {}
-void back(const Layer&, int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, float*, double*) {}
-void back_to_inputs(const Layer&, int64_t, int64_t, const float*, float*, float*) {}
-
-}  // namespace fasthyper::narrow_linear
-#endif
+}  // namespace narrow_linear
+}  // namespace
+}  // namespace fasthyper::simd

@@ -1,0 +1,18 @@
+#include "registers.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the compiler's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "avx512.h"
+#include "registers_table.h"
+
+namespace fasthyper::registers {
+const Table of_avx512 = simd::kTable;
+}
+#else
+namespace fasthyper::registers {
+const Table of_avx512 = {};
+}
+#endif
