@@ -1,4 +1,6 @@
-"""The command line. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted and 143 terminated with the state saved."""
+"""The command line. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted and 143 terminated with the state saved, 141
+nobody reads what it prints.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with whole_process():
-            return args.command(args) or 0
+            status = args.command(args) or 0
+            sys.stdout.flush()
+            return status
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 143:
             raise
@@ -63,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         what, status = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", 143)
         print(f"fasthyper: {what}{kept}", file=sys.stderr)
         return status
+    except BrokenPipeError:  # as of `fasthyper list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
     except (FasthyperError, ValueError, IndexError, OSError) as error:
         print(f"fasthyper: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -39,6 +39,15 @@ def test_list_shows_every_recipe(capsys):
     assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)] == list(RECIPES)
 
 
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "fasthyper", "list"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_doctor_says_what_serves(capsys, monkeypatch):
     monkeypatch.setattr("fasthyper.vision.trouble", lambda: "built for another torch")
     assert cli("doctor") == 0
