@@ -1,6 +1,6 @@
-"""What products in AVX-512 registers gain over those of torch's library, on this processor (DESIGN, Products of float32).
+"""What products in vector registers gain over those of torch's library, on this processor (DESIGN, Products of float32).
 
-    python bench/products.py             # into bench/results/products.json
+    python bench/products.py             # into bench/results/products.json, of AVX2 registers products_avx2.json
 
 Each way in processes of its own, in turn, told by ATEN_CPU_CAPABILITY: torch's own elementwise code follows it too, its
 matrix library does not. Regularizers, drifts of affine maps, and steps whose layers make their weights.
@@ -28,8 +28,9 @@ from fasthyper.bench.workloads import WORKLOADS
 from fasthyper.environment import environment
 from fasthyper.recipes import RECIPES
 
-FILE = Path(__file__).parent / "results" / "products.json"
-WAYS = {"registers": "avx512", "torch": "avx2"}
+KIND = torch.backends.cpu.get_cpu_capability().lower()  # of registers: avx512 or avx2
+FILE = Path(__file__).parent / "results" / ("products_avx2.json" if KIND == "avx2" else "products.json")
+WAYS = {"registers": KIND, "torch": "default"}
 CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
 ALIGNED = (("p10", 10), ("split", 5), ("small", 10))
 AFFINE = ("permuted-mnist-1000", "permuted-mnist-100-hour")

@@ -43,11 +43,13 @@ CEILING_TEXT = (
 def main() -> int:
     names = ("cpu", "commands", "precision", "layouts", "hypnettorch_loop")
     cpu, commands, precision, layouts, loop = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    plain, amd, aligned = (
-        json.loads((RESULTS / f"cpu_{of}.json").read_text()) for of in ("without_tiles", "amd", "amd_aligned")
+    plain, amd, aligned, avx2 = (
+        json.loads((RESULTS / f"cpu_{of}.json").read_text()) for of in ("without_tiles", "amd", "amd_aligned", "avx2")
     )  # by ``fasthyper bench``
     memory = json.loads((RESULTS / "memory.json").read_text())  # so, too: p100 at 100, a step, against recompute
-    planner, products = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("planner", "products"))
+    planner, products, products_avx2 = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("planner", "products", "products_avx2")
+    )
     gpu = report_gpu.load(RESULTS)
     entries = [entry["extra_info"] for entry in cpu["benchmarks"]]
     rows = [with_peers(entry) for entry in entries if entry["what"] in ("regularizer", "step")]
@@ -63,7 +65,12 @@ def main() -> int:
                     found["rows"],
                     {**found["environment"], "ceiling": found["machine"], PEER: cpu["machine_info"][PEER]},
                 )
-                for name, found in (("table-without-tiles", plain), ("table-amd", amd), ("table-aligned", aligned))
+                for name, found in (
+                    ("table-without-tiles", plain),
+                    ("table-amd", amd),
+                    ("table-aligned", aligned),
+                    ("table-avx2", avx2),
+                )
             },
             "loop": loop_text(loop),
             "recipes": recipes_table(),
@@ -77,6 +84,7 @@ def main() -> int:
             "planner": planner_table(planner),
             "threads": threads_text(json.loads((RESULTS / "threads.json").read_text())),
             "products": products_table(products),
+            "products-avx2": products_table(products_avx2),
             "ablation": ablation_tables(RESULTS / "ablation.json"),
             "scaling": scaling_table(json.loads((RESULTS / "scaling.json").read_text()), entries, ceiling),
             "gpu-goals": report_gpu.design_text(*gpu),

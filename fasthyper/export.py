@@ -59,6 +59,9 @@ def rebuild(tensors: dict[str, Tensor], state: dict[str, Any], target: nn.Module
         unfilled = ChunkedHypernet(target, num_tasks, **config)
     if unfilled.target.named_shapes() != state["target_shapes"]:
         raise ValueError(f"the target's parameters differ from those of the saved {state['target']['class']}")
+    laid = unfilled.layout.to_json()
+    if state.get("layout", laid) != laid:  # parameters of equal shapes would be other weights
+        raise ValueError("its weights lie otherwise in the chunks than this version of fasthyper lays them")
     for name, own in unfilled.state_dict().items():
         if (tensors[name].dtype, tensors[name].shape) != (own.dtype, own.shape):
             raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)} in it")

@@ -263,12 +263,16 @@ class ChunkedHypernet(HoldsTarget):
         path = Path(path)
         if task is not None:
             return checkpoint.write(path, self.task_state_dict(task), "pt")
-        state = {
+        checkpoint.write(path, self.state_dict(), checkpoint.HYPERNET_FORMAT, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """All that ``fh.load`` needs beside the parameters, JSON-ready."""
+        return {
             "hnet": self.config,
             "target": nets.describe(self.target.module),
             "target_shapes": self.target.named_shapes(),
+            "layout": self.layout.to_json(),
         }
-        checkpoint.write(path, self.state_dict(), checkpoint.HYPERNET_FORMAT, state)
 
     def _mixed(self, inputs: Tensor | tuple[Any, ...], task: Tensor, options: dict[str, Any]) -> Tensor:
         batch, made = MixedBatch(inputs if isinstance(inputs, tuple) else (inputs,), task), self._generator

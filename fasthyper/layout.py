@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Range = tuple[int, int]  # [start, stop), in the flat vector of target weights or in the order in which they are laid
 _Whole = tuple[int, int, Range]  # of a matrix that chunks hold by whole rows: a block's size, rows in a chunk, the range
@@ -104,6 +104,10 @@ class Layout:
         self.num_weights, self.num_chunks = span[1], max(self.num_chunks, block.chunk_hi)
         self.chunk_size = max(self.chunk_size, block.col_lo + block.size)
         return block
+
+    def to_json(self) -> list[list[Any]]:
+        """The blocks, as JSON has them."""
+        return [[*block[:-1], [list(span) for span in block.ranges]] for block in self.blocks]
 
     def places(self, span: Range) -> list[Rectangle]:
         """Where weights ``span`` of the flat vector lie."""

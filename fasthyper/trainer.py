@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fasthyper import checkpoint, nets
+from fasthyper import checkpoint
 from fasthyper.distributed import Part, Ranks
 from fasthyper.environment import environment
 from fasthyper.errors import FasthyperError, LostProcessError, NonFiniteLossError
@@ -441,9 +441,7 @@ class Trainer:
         tensors = {f"hnet.{name}": tensor for name, tensor in self.hnet.state_dict().items()}
         state = {
             "trainer": self.config,
-            "hnet": self.hnet.config,
-            "target": nets.describe(self.hnet.target.module),
-            "target_shapes": self.hnet.target.named_shapes(),
+            **self.hnet.describe(),
             "results": self.results.to_json(),
             "current": None,
         }

@@ -211,6 +211,7 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path):
         ({"target": {"class": "MLP", "config": {"num_inputs": 6}}}, "missing 2 required positional arguments"),
         ({"target": {"class": "MLP", "config": {"num_inputs": 6, "hidden": [], "num_outputs": 4}}}, "parameters differ"),
         ({"target_shapes": None}, "parameters differ"),
+        ({"layout": [[0, 2, 0, 30, 5, [[0, 54]]]]}, "lie otherwise in the chunks"),
         ({"tensors": {"basis": torch.ones(30, 6, dtype=torch.int32)}}, "basis is torch.int32"),
         ({"tensors": {"basis": torch.ones(29, 6)}}, re.escape("basis is torch.float32 [29, 6] in it")),
         ({"tensors": {"more": torch.ones(1)}}, "Unexpected key"),

@@ -10,8 +10,6 @@ namespace vectors {
 using tiles::kSide;
 using tiles::Source;
 
-constexpr int64_t kDepth = kLanes == 16 ? 1024 : 128;  // of panels that stay in a near enough cache for all blocks of theirs
-
 inline Vec load(const Source& s, Mask mask, int64_t at) {
   const Vec x = load_some(mask, s.from + at);
   return s.other ? multiply_add(all(s.sign), load_some(mask, s.other + at), x) : x;
@@ -66,20 +64,10 @@ void multiply(const char* left, const char* right, int64_t depth, int64_t num_ro
   Nothing ahead;
   const auto* factors = reinterpret_cast<const float*>(left);
   const auto* others = reinterpret_cast<const float*>(right);
-  for (int64_t start = 0; start == 0 || start < depth;
-       start += kDepth, factors += kDepth * kSide, others += kDepth * kSide) {
-    const int64_t some = std::min(kDepth, depth - start);
-    for_blocks<true, Nothing>(
-        num_rows, count(num_cols), [&](int64_t r, int64_t rows, int64_t z, int64_t vectors, auto block) {
-          const int64_t length = kLanes * vectors;
-          float* to = out + r * kSide + kLanes * z;
-          if (start == 0) return block(some, factors + r, kSide, others + kLanes * z, kSide, length, ahead, to, kSide);
-          alignas(64) float made[kBlock];
-          block(some, factors + r, kSide, others + kLanes * z, kSide, length, ahead, made, length);
-          for (int64_t i = 0; i < rows; ++i, to += kSide)
-            for (int64_t j = 0; j < length; ++j) to[j] += made[i * length + j];
-        });
-  }
+  for_blocks<true, Nothing>(num_rows, count(num_cols), [&](int64_t row, int64_t, int64_t z, int64_t vectors, auto block) {
+    block(depth, factors + row, kSide, others + kLanes * z, kSide, kLanes * vectors, ahead, out + row * kSide + kLanes * z,
+          kSide);
+  });
 }
 
 }  // namespace vectors
