@@ -86,8 +86,8 @@ namespace vectors {
 
 bool available() {
   static const bool is_available = [] {
-    const bool is_better = !registers::is_asked() && __builtin_cpu_is("amd");
-    return narrow::available() && (is_better || registers::is_asked());
+    if (registers::is_asked()) return narrow::available();
+    return registers::kind() == registers::Kind::avx512 && __builtin_cpu_is("amd");
   }();
   return is_available;
 }

@@ -1,4 +1,5 @@
-// Products of float32 matrices in vector registers, for processors on which the matrix library is not faster.
+// Products of float32 matrices in vector registers, for processors with AVX-512 on which the matrix library multiplies with
+// AVX2.
 //
 // A factor is packed as panels of 32 vectors, as in tiles.h, but whole: the 32 elements of each depth, one depth after the
 // other. A left and a right factor's panels are alike.
@@ -8,7 +9,7 @@
 
 namespace fasthyper::vectors {
 
-// Whether this processor is such a one, AMD's; or ATEN_CPU_CAPABILITY names registers that it has
+// Whether this processor is such a one, AMD's; or ATEN_CPU_CAPABILITY names registers that the processor has
 bool available();
 
 // As tiles::pack_left; of the last panel the vectors that are missing are zero, and no other depth is written
