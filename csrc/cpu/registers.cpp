@@ -12,15 +12,16 @@ const char* wish() {
   return text == nullptr ? "" : text;
 }
 
-bool has(Kind kind) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
+bool has(Kind kind) {
   return kind == Kind::avx512 ? __builtin_cpu_supports("avx512f")
                               : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false && kind == Kind::none;
-#endif
 }
+bool is_of_amd() { return __builtin_cpu_is("amd"); }
+#else
+bool has(Kind) { return false; }
+bool is_of_amd() { return false; }
+#endif
 
 const Table& table() {
   static const Table& chosen = kind() == Kind::avx512 ? of_avx512 : of_avx2;
@@ -42,6 +43,7 @@ Kind kind() {
 
 }  // namespace registers
 
+using registers::is_of_amd;
 using registers::table;
 
 namespace narrow {
@@ -87,7 +89,7 @@ namespace vectors {
 bool available() {
   static const bool is_available = [] {
     if (registers::is_asked()) return narrow::available();
-    return registers::kind() == registers::Kind::avx512 && __builtin_cpu_is("amd");
+    return registers::kind() == registers::Kind::avx512 && is_of_amd();
   }();
   return is_available;
 }
