@@ -3,6 +3,7 @@
 #pragma once
 
 #include "product.h"
+#include "registers.h"
 
 namespace fasthyper {
 
@@ -186,10 +187,9 @@ template <typename scalar_t>
 double direct_columns(FewRows<scalar_t> rows, int64_t num_cols, const scalar_t* now, const scalar_t* then,
                       scalar_t* grad_basis, scalar_t* y, bool adds) {
 #if defined(__x86_64__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return direct_columns_avx512(rows, num_cols, now, then, grad_basis, y, adds);
-  if (has_avx2) return direct_columns_avx2(rows, num_cols, now, then, grad_basis, y, adds);
+  using registers::Kind;
+  if (registers::has(Kind::avx512)) return direct_columns_avx512(rows, num_cols, now, then, grad_basis, y, adds);
+  if (registers::has(Kind::avx2)) return direct_columns_avx2(rows, num_cols, now, then, grad_basis, y, adds);
 #endif
   return direct_columns_by<32>(rows, num_cols, now, then, grad_basis, y, adds);
 }

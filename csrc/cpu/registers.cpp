@@ -13,13 +13,8 @@ const char* wish() {
 }
 
 #if defined(__x86_64__)
-bool has(Kind kind) {
-  return kind == Kind::avx512 ? __builtin_cpu_supports("avx512f")
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
 bool is_of_amd() { return __builtin_cpu_is("amd"); }
 #else
-bool has(Kind) { return false; }
 bool is_of_amd() { return false; }
 #endif
 
@@ -29,6 +24,15 @@ const Table& table() {
 }
 
 }  // namespace
+
+#if defined(__x86_64__)
+bool has(Kind kind) {
+  if (kind == Kind::avx512) return __builtin_cpu_supports("avx512f");
+  return kind == Kind::none || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
+#else
+bool has(Kind kind) { return kind == Kind::none; }
+#endif
 
 bool is_asked() { return *wish() != '\0'; }
 

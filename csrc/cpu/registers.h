@@ -31,6 +31,8 @@ struct Table {
 
 extern const Table of_avx2, of_avx512;
 
+bool has(Kind kind);  // whether this machine does
+
 // Whether ATEN_CPU_CAPABILITY, torch's own variable, asks for a kind: then all products are made in those; or for none
 bool is_asked();
 
