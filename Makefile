@@ -11,9 +11,10 @@ BUILD := pyproject.toml setup.py constraints.txt _build/backend.py $(wildcard cs
 NO_TILES := output_drift hypernet_drift regularizer pair_drift target_drift generate hyper_linear precision fuzz
 SANITIZED := output_drift hypernet_drift generate hyper_linear affine candidate_step regularizer fuzz
 
-# what no backend changes: data, reports, processes, tools (`pure` has what is run from outside once more)
+# what no backend changes: data, reports, processes, tools, loops; and what compares a backend with the reference
 ONCE := fuzz_files report report_in_browser cuda_compiles cuda_emulated kernels_compile streams images cifar celeba fetch vision \
-  adapters avalanche layering metrics loggers recipe_file bench bench_gpu sweep distributed kills faults cli packaging docs examples export
+  adapters avalanche layering metrics loggers recipe_file bench bench_gpu sweep distributed kills faults fuzz graph loop replay forget \
+  recipes regression long_sequences compat_runner
 # what differs where no extension was built: which implementation serves, and all that is run from outside
 PURE := packaging cli trainer regularizer affine candidate_step inference checkpoint export examples docs
 TRITON := hyper_linear aligned hypernet_drift output_drift pair_drift direct_kernels wide_generate parts_range target_drift adam candidate_step
@@ -22,13 +23,15 @@ TRITON := hyper_linear aligned hypernet_drift output_drift pair_drift direct_ker
 TAG := $(shell $(PYTHON) -c 'import sys, sysconfig; print("cp%d%d-" % sys.version_info[:2] + sysconfig.get_platform())')
 LOCK := $(wildcard lock/$(TAG).txt)
 
-.PHONY: demo test lint types cpp no-tiles reference triton pure cuda sanitize wheel lock fuzz bench readme clean
+.PHONY: demo test lint types cpp once no-tiles reference triton pure cuda sanitize wheel lock fuzz bench readme clean
 demo: $(VENV)/.demo
 	fasthyper run demo --out runs/demo
 
-# two at a time, on the two cores that it is meant for; threads that wait leave theirs to others
+# two at a time, on the two cores that it is meant for, the longest first; threads that wait leave theirs to others, and what
+# threads do is tested by cpp and no-tiles
 test: lint types
-	OMP_WAIT_POLICY=passive $(MAKE) --jobs=2 --output-sync=target cpp no-tiles reference triton pure cuda
+	OMP_WAIT_POLICY=passive $(MAKE) --jobs=2 --output-sync=target cpp once triton pure no-tiles reference cuda
+once reference triton pure: export OMP_NUM_THREADS = 1
 
 lint: $(VENV)/.dev
 	ruff check .
@@ -39,22 +42,27 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	mypy
 
-cpp: $(VENV)/.dev $(VENV)/.browser
-	FASTHYPER_BACKEND=cpp pytest -rs
+cpp: $(VENV)/.dev
+	FASTHYPER_BACKEND=cpp pytest -rs $(ONCE:%=--ignore=tests/test_%.py)
 
-# the drift's tests in the other ways that this machine can multiply: in AVX-512 and AVX2 registers, and as torch does
+once: $(VENV)/.dev $(VENV)/.browser
+	FASTHYPER_BACKEND=cpp pytest -rs $(ONCE:%=tests/test_%.py)
+
+# the drift's tests in the other ways that this machine can multiply float32: in AVX-512 and AVX2 registers, and as torch does
 no-tiles: $(VENV)/.dev
-	for has in `python tests/capabilities.py`; do FASTHYPER_BACKEND=cpp ATEN_CPU_CAPABILITY=$$has pytest $(NO_TILES:%=tests/test_%.py) || exit 1; done
+	for has in `python tests/capabilities.py`; do \
+	  FASTHYPER_BACKEND=cpp ATEN_CPU_CAPABILITY=$$has pytest -k 'not f64 and not reference- and not refuses' $(NO_TILES:%=tests/test_%.py) || exit 1; \
+	done
 
+# plain PyTorch; of it `pure` has the rest
 reference: $(VENV)/.dev
-	FASTHYPER_BACKEND=reference pytest $(ONCE:%=--ignore=tests/test_%.py)
+	FASTHYPER_BACKEND=reference pytest $(patsubst %,--ignore=tests/test_%.py,$(ONCE) $(PURE))
 
 # the ops that Triton serves, in its interpreter, which takes minutes over slots that are many or large; a drift in float64 is none
 triton: $(VENV)/.dev
 	TRITON_INTERPRET=1 FASTHYPER_BACKEND=triton pytest --hypothesis-profile=few -k '(bound or direct_kernels or wide_generate or parts_range) and not slots and not (drift and f64)' $(TRITON:%=tests/test_%.py)
 
-# what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours;
-# every test of what serves there, plain PyTorch, is in `reference`
+# what an install without a compiler gives: a copy in an environment of its own, which borrows all but fasthyper from ours
 pure: $(VENV)/.dev
 	rm -rf build/pure && $(PYTHON) -m venv --without-pip build/pure
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo build/pure/lib/python3*`/site-packages/borrowed.pth

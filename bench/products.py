@@ -31,7 +31,7 @@ from fasthyper.recipes import RECIPES
 KIND = torch.backends.cpu.get_cpu_capability().lower()  # of registers: avx512 or avx2
 FILE = Path(__file__).parent / "results" / ("products_avx2.json" if KIND == "avx2" else "products.json")
 WAYS = {"registers": KIND, "torch": "default"}
-CASES = (("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
+CASES = (("p10", 10), ("split", 5), ("p100", 100), ("p100", 10), ("small", 100), ("small", 10), ("resnet", 6))
 ALIGNED = (("p10", 10), ("split", 5), ("small", 10))
 AFFINE = ("permuted-mnist-1000", "permuted-mnist-100-hour")
 ROUNDS, SIZE = 5, 2048

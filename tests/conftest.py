@@ -12,8 +12,6 @@ import torch
 
 from fasthyper import ops, reference
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns of what is set below
-
 # the same examples each time; --hypothesis-profile=long draws new ones
 PROFILE = hypothesis.settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -23,7 +21,7 @@ hypothesis.settings.register_profile("long", PROFILE, derandomize=False, max_exa
 hypothesis.settings.register_profile("few", PROFILE, max_examples=8)
 hypothesis.settings.load_profile("fasthyper")
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for under deterministic algorithms
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns of deterministic algorithms
 
 # Relative error against the float64 oracle, norm over norm.
 TOL = {

@@ -27,6 +27,9 @@ static inline Mask first(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(std::clamp<int64_t>(n, 0, kLanes))), lanes);
 }
 
+// The lanes lo, lo + 1, ..., hi - 1
+static inline Mask between(int64_t lo, int64_t hi) { return _mm256_andnot_si256(first(lo), first(hi)); }
+
 static inline Vec zero() { return _mm256_setzero_ps(); }
 static inline Vec all(float x) { return _mm256_set1_ps(x); }
 static inline Vec load(const float* from) { return _mm256_load_ps(from); }  // aligned to a vector
@@ -53,10 +56,10 @@ static inline void store_first(float* to, int64_t n, Vec x) {
 
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-static inline float sum(Vec x) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+// The sum of each
+static inline __m128 sums(const Vec (&x)[4]) {
+  const Vec four = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
 }
 
 // 8 x 8

@@ -24,6 +24,9 @@ constexpr int most_rows(int64_t vectors) { return vectors <= 2 ? 12 : vectors ==
 // The first n lanes
 static inline Mask first(int64_t n) { return Mask((1u << std::clamp<int64_t>(n, 0, kLanes)) - 1); }
 
+// The lanes lo, lo + 1, ..., hi - 1
+static inline Mask between(int64_t lo, int64_t hi) { return first(hi) & ~first(lo); }
+
 static inline Vec zero() { return _mm512_setzero_ps(); }
 static inline Vec all(float x) { return _mm512_set1_ps(x); }
 static inline Vec load(const float* from) { return _mm512_load_ps(from); }  // aligned to a vector
@@ -33,7 +36,16 @@ static inline void store(float* to, Vec x) { _mm512_store_ps(to, x); }
 static inline void store_any(float* to, Vec x) { _mm512_storeu_ps(to, x); }
 static inline void store_first(float* to, int64_t n, Vec x) { _mm512_mask_storeu_ps(to, first(n), x); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+// The sum of each
+static inline __m128 sums(const Vec (&x)[4]) {
+  const Vec low = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+  const Vec high = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+  const Vec four = _mm512_shuffle_ps(low, high, 0x44) + _mm512_shuffle_ps(low, high, 0xee);
+  const __m128 a = _mm512_castps512_ps128(four), b = _mm512_extractf32x4_ps(four, 1);
+  const __m128 c = _mm512_extractf32x4_ps(four, 2), d = _mm512_extractf32x4_ps(four, 3);
+  return _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d));
+}
 
 // 16 x 16 numbers of 4 bytes
 static inline void transpose(__m512i (&r)[16]) {

@@ -13,11 +13,16 @@ constexpr int64_t padded(int64_t n) { return kLanes * count(n); }
 constexpr int64_t kBlock =
     std::max({most_rows(1), 2 * most_rows(2), 3 * most_rows(3), 4 * most_rows(4)}) * kLanes;  // floats
 
-// body(first, count) for as few shares of ``size`` as leave none longer than ``most``, of equal length, as near as can be
+// body(first, count) for as few shares of ``size`` as leave none longer than ``most``, of equal length or one less
 template <typename Body>
 static inline void in_shares(int64_t size, int64_t most, const Body& body) {
-  const int64_t shares = (size + most - 1) / most;
-  for (int64_t i = 0; i < shares; ++i) body(size * i / shares, size * (i + 1) / shares - size * i / shares);
+  if (size == 0) return;
+  const int64_t shares = (size + most - 1) / most, least = size / shares, longer = size - least * shares;
+  for (int64_t i = 0, first = 0; i < shares; ++i) {
+    const int64_t length = least + (i < longer);
+    body(first, length);
+    first += length;
+  }
 }
 
 template <int rows, int vectors>

@@ -74,34 +74,33 @@ class Writer {
   struct Part {
     const float *from, *minus;
     int64_t num_cols;
+
+    Vec load(int64_t at) const { return minus ? load_any(from + at) - load_any(minus + at) : load_any(from + at); }
+    Vec load(Mask mask, int64_t at) const {
+      return minus ? load_some(mask, from + at) - load_some(mask, minus + at) : load_some(mask, from + at);
+    }
   };
 
-  // Whole vectors, for what is behind them is written after them
+  // Whole vectors, so that no store meets two cache lines; in one of them the left part may end and the right one begin
   void put(const Part& left, const Part& right, int64_t num_rows) {
-    const Mask left_mask = last(left), right_mask = last(right);
+    const int64_t whole = left.num_cols / kLanes * kLanes, left_rest = left.num_cols - whole;
+    const int64_t width = left.num_cols + right.num_cols;
+    const Mask left_mask = first(left_rest), right_mask = between(left_rest, width - whole);
+    const Mask last_mask = first(width - pitch_ + kLanes);
     for (int64_t i = 0; i < num_rows; ++i) {
-      put_row(left, left_mask, i * x_.stride, data_ + i * pitch_);
-      put_row(right, right_mask, i * x_.stride, data_ + i * pitch_ + left.num_cols);
-    }
-  }
-
-  static Mask last(const Part& part) { return simd::first(part.num_cols - kLanes * (count(part.num_cols) - 1)); }
-
-  static void put_row(const Part& part, Mask mask, int64_t at, float* to) {
-    int64_t j = 0;
-    if (part.minus) {
-      for (; j + kLanes < part.num_cols; j += kLanes)
-        store_any(to + j, load_any(part.from + at + j) - load_any(part.minus + at + j));
-      if (j < part.num_cols) store_any(to + j, load_some(mask, part.from + at + j) - load_some(mask, part.minus + at + j));
-    } else {
-      for (; j + kLanes < part.num_cols; j += kLanes) store_any(to + j, load_any(part.from + at + j));
-      if (j < part.num_cols) store_any(to + j, load_some(mask, part.from + at + j));
+      float* to = data_ + i * pitch_;
+      const int64_t at = i * x_.stride, right_at = at - left.num_cols;
+      int64_t j = 0;
+      for (; j < whole; j += kLanes) store(to + j, left.load(at + j));
+      if (left_rest) store(to + j, left.load(left_mask, at + j) + right.load(right_mask, right_at + j)), j += kLanes;
+      for (; j < pitch_ - kLanes; j += kLanes) store(to + j, right.load(right_at + j));
+      if (j < pitch_) store(to + j, right.load(last_mask, right_at + j));
     }
   }
 
   const Rows& x_;
   const int64_t pitch_, height_;
-  alignas(64) float data_[kRoom + kLanes] = {};
+  alignas(64) float data_[kRoom];
 };
 
 // Of the second columns whole vectors, met by their own rows from the diagonal on and by those of the first columns; the few
@@ -125,18 +124,27 @@ void gram_tile(const Tile& x, double* sum, Ahead& ahead) {
   rows(height, split.rest, 0, x.pitch / kLanes);
 }
 
-// The last columns of a product, of which pack() has made rows
+// The last columns of a product, of which pack() has made rows, for four rows at a time, the last of which may be one
 template <int cols>
 void last_columns(const Tile& x, const float* right, float* out, int64_t stride) {
-  const float* row = x.data;
-  for (int64_t i = 0; i < x.length; ++i, row += x.pitch, out += stride) {
-    Vec acc[1][cols];
+  for (int64_t i = 0; i < x.length; i += 4) {
+    const float* row[4];
+    for (int64_t r = 0; r < 4; ++r) row[r] = x.data + std::min(i + r, x.length - 1) * x.pitch;
+    Vec acc[cols][4];  // row by row
     clear(acc);
-    for (int64_t k = 0; k < x.pitch; k += kLanes) {
-      const Vec value = load(row + k);
-      for (int c = 0; c < cols; ++c) acc[0][c] = multiply_add(value, load(right + c * x.pitch + k), acc[0][c]);
-    }
-    for (int c = 0; c < cols; ++c) out[c] = sum(acc[0][c]);
+    for (int64_t k = 0; k < x.pitch; k += kLanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const Vec value = load(row[r] + k);
+#pragma GCC unroll 3
+        for (int c = 0; c < cols; ++c) {
+          Vec& sum = acc[(r * cols + c) / 4][(r * cols + c) % 4];
+          sum = multiply_add(value, load(right + c * x.pitch + k), sum);
+        }
+      }
+    float made[cols][4];
+    for (int c = 0; c < cols; ++c) _mm_storeu_ps(made[c], sums(acc[c]));
+    for (int64_t r = 0; r < 4; ++r) std::copy_n(&made[0][0] + r * cols, cols, out + std::min(i + r, x.length - 1) * stride);
   }
 }
 

@@ -28,11 +28,13 @@ def accelerate() -> ExitStack:
     if _active:
         return undo
     hnets, *theirs = map(_import, ("hypnettorch.hnets", *(f"hypnettorch.utils.{name}" for name in MODULES)))
+    faster_functions = {}
     for name, module in zip(MODULES, theirs, strict=True):
         ours = importlib.import_module(f"fasthyper.compat.hypnettorch.{name}")
-        for function, original in list(vars(module).items()):
+        for function, original in vars(module).items():
             if isinstance(original, FunctionType) and original.__module__ == module.__name__ and hasattr(ours, function):
-                _replace_everywhere(undo, original, getattr(ours, function))
+                faster_functions[original] = getattr(ours, function)
+    _replace_everywhere(undo, faster_functions)
     interface = hnets.HyperNetInterface
     for name in ("unconditional_params", "conditional_params", "conditional_param_shapes_ref"):
         faster = property(getattr(forward, name), doc=getattr(interface, name).__doc__)
@@ -56,10 +58,10 @@ def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _replace_everywhere(undo: ExitStack, original: FunctionType, value: Any) -> None:
-    """Wherever a module holds it under any name."""
+def _replace_everywhere(undo: ExitStack, values: dict[FunctionType, Any]) -> None:
+    """Wherever a module holds one under any name."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and not module.__name__.startswith("fasthyper."):
             for name, held in list(vars(module).items()):
-                if held is original:
-                    _replace(undo, module, name, value)
+                if type(held) is FunctionType and held in values:
+                    _replace(undo, module, name, values[held])
