@@ -277,10 +277,7 @@ class OutputRegularizer:
                     wanted = f"tasks [k, N] need N = {num_chunks} chunks and no scaling"
                     raise ValueError(f"{wanted}, got {list(tasks.shape)}{' and scaling' * (scaling is not None)}")
                 chunks = [torch.arange(num_chunks, device=embeddings.device)]
-            plan_of = self._plan_of_drawn
-            if torch.compiler.is_compiling():  # which rectangles it has depends on which tasks were drawn
-                plan_of = torch.compiler.disable(plan_of)  # here, for it takes long to import
-            index, plan = tasks, plan_of(tasks) if self.hnet.layout.heads else self._plan(range(len(tasks)))
+            index, plan = tasks, self._plan_of_drawn(tasks) if self.hnet.layout.heads else self._plan(range(len(tasks)))
         elif tasks is not None:
             if len(set(tasks)) != len(tasks):
                 raise ValueError(f"tasks to regularize must be distinct, got {list(tasks)}")
@@ -342,6 +339,12 @@ class OutputRegularizer:
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
 
     def _plan_of_drawn(self, tasks: Tensor) -> Tensor:
+        plan_of = self._plan_of_listed
+        if torch.compiler.is_compiling():  # which rectangles it has depends on which tasks were drawn
+            plan_of = torch.compiler.disable(plan_of)  # no decorator: that imports the compiler, for seconds
+        return plan_of(tasks)
+
+    def _plan_of_listed(self, tasks: Tensor) -> Tensor:
         return self._plan(tasks.tolist())
 
 

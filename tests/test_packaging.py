@@ -46,6 +46,12 @@ def test_import_and_training_need_torch_only():
     assert done.returncode == 0, done.stderr
 
 
+def test_import_leaves_torch_s_compiler_out():
+    """Which takes longer than all the rest."""
+    done = python("import sys, fasthyper, fasthyper.cli\nassert 'torch._dynamo' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_bridge_to_a_library_that_is_missing_names_the_extra():
     done = python("import sys\nsys.modules['avalanche'] = None\nimport fasthyper.compat.avalanche")
     wanted = (
