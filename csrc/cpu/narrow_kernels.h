@@ -142,9 +142,9 @@ void last_columns(const Tile& x, const float* right, float* out, int64_t stride)
           sum = multiply_add(value, load(right + c * x.pitch + k), sum);
         }
       }
-    float made[cols][4];
-    for (int c = 0; c < cols; ++c) _mm_storeu_ps(made[c], sums(acc[c]));
-    for (int64_t r = 0; r < 4; ++r) std::copy_n(&made[0][0] + r * cols, cols, out + std::min(i + r, x.length - 1) * stride);
+    float made[4 * cols];
+    for (int c = 0; c < cols; ++c) _mm_storeu_ps(made + 4 * c, sums(acc[c]));
+    for (int64_t r = 0; r < 4; ++r) std::copy_n(made + r * cols, cols, out + std::min(i + r, x.length - 1) * stride);
   }
 }
 
