@@ -79,7 +79,7 @@ def main() -> int:
         DESIGN: {
             "precision": precision_table(precision),
             "layouts": layouts_table(layouts),
-            "goals": goals_table(machines_of(cpu, entries, plain, amd, aligned, products), aligned["environment"])
+            "goals": goals_table(machines_of(cpu, entries, plain, amd, aligned, products, avx2), aligned["environment"])
             + memory_text(memory),
             "planner": planner_table(planner),
             "threads": threads_text(json.loads((RESULTS / "threads.json").read_text())),
@@ -319,6 +319,7 @@ def machines_of(
     amd: dict[str, Any],
     aligned: dict[str, Any],
     products: dict[str, Any],
+    avx2: dict[str, Any],
 ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]:
     """The machines of the goals' table; a rate of products is the best there is, torch's or that of the kernels."""
     (of_tiles,) = (entry["flops_per_second"] for entry in entries if entry["what"] == "product")
@@ -328,6 +329,7 @@ def machines_of(
         "tile units": (cpu["machine_info"], entries, with_tiles),
         "no tile units": (plain["environment"], plain["rows"], plain["machine"]),
         "AMD": (amd["environment"], [*amd["rows"], *aligned["rows"]], amd["machine"] | {"gemm": max(of_products)}),
+        "AMD, AVX2": (avx2["environment"], avx2["rows"], avx2["machine"]),
     }
 
 
