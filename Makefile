@@ -29,8 +29,8 @@ demo: $(VENV)/.demo
 
 # two at a time, on the two cores that it is meant for, the longest first; threads that wait leave theirs to others, and what
 # threads do is tested by cpp and no-tiles
-test: lint types
-	OMP_WAIT_POLICY=passive $(MAKE) --jobs=2 --output-sync=target cpp once triton pure no-tiles reference cuda
+test: lint types $(VENV)/.browser
+	OMP_WAIT_POLICY=passive $(MAKE) --jobs=2 --output-sync=target triton once cpp pure no-tiles reference cuda
 once reference triton pure: export OMP_NUM_THREADS = 1
 
 lint: $(VENV)/.dev
