@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
+    cloned = environment()
     with tempfile.TemporaryDirectory() as scratch:
         clone, home = Path(scratch) / "clone", Path(scratch) / "home"
         home.mkdir()
@@ -33,7 +34,7 @@ def main() -> int:
             subprocess.run(["make", target], cwd=clone, env=env, check=True)
             seconds[target] = time.perf_counter() - began
         run = json.loads((clone / "runs" / "demo" / "results.json").read_text())
-    record = {"environment": environment(), "seconds": seconds, "demo": run}
+    record = {"environment": cloned, "seconds": seconds, "demo": run}
     for task in run["results"]["tasks"]:
         task["loss"], task["drift"] = [], []  # curves are not needed here
     (ROOT / "bench" / "results" / "commands.json").write_text(json.dumps(record, indent=1) + "\n")
