@@ -332,20 +332,18 @@ class OutputRegularizer:
             raise ValueError(f"{name} must hold {self.num_past} tensors, one per past task, got {len(given)}")
         return given if tasks is None else [given[int(task)] for task in tasks]
 
-    def _plan(self, tasks: Sequence[int | Sequence[int]]) -> Tensor:
+    def _plan(self, tasks: Sequence[int | Sequence[int]] | Tensor) -> Tensor:
+        if isinstance(tasks, Tensor):
+            tasks = tasks.tolist()
         if self.hnet.layout.heads:  # else only their number counts
             of = self._tasks
             tasks = [of[task] if isinstance(task, int) else [of[one] for one in task] for task in tasks]
         return drift_plan(self.hnet.layout, tasks, self.hnet.width, self.form, trunk=len(self.hnet.trunk_weights) > 0)
 
     def _plan_of_drawn(self, tasks: Tensor) -> Tensor:
-        plan_of = self._plan_of_listed
-        if torch.compiler.is_compiling():  # which rectangles it has depends on which tasks were drawn
-            plan_of = torch.compiler.disable(plan_of)  # no decorator: that imports the compiler, for seconds
-        return plan_of(tasks)
-
-    def _plan_of_listed(self, tasks: Tensor) -> Tensor:
-        return self._plan(tasks.tolist())
+        # which rectangles it has depends on which tasks were drawn; a decorator would import the compiler with the package
+        plan = torch.compiler.disable(self._plan) if torch.compiler.is_compiling() else self._plan
+        return plan(tasks)
 
 
 def _is_per_chunk(tasks: Sequence[int] | Tensor | None) -> TypeGuard[Tensor]:

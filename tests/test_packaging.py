@@ -47,7 +47,7 @@ def test_import_and_training_need_torch_only():
 
 
 def test_import_leaves_torch_s_compiler_out():
-    """Which takes longer than all the rest."""
+    """Which takes longer to import than the rest of the package."""
     done = python("import sys, fasthyper, fasthyper.cli\nassert 'torch._dynamo' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
